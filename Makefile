@@ -1,0 +1,39 @@
+# minivid: `make lab` opens the notebooks, `make test` runs every check. Each sets everything up by itself, once.
+#
+# Plain `torch` from PyPI is, on Linux, the CUDA build of several GB. The CPU build is enough for everything here:
+# with uv, `export UV_TORCH_BACKEND=cpu` before the first `make`; with pip, set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS
+# to where PyTorch publishes its CPU wheels.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(shell uv --version >/dev/null 2>&1 && command -v uv)
+WORKERS ?= 2
+
+# Speed here comes from two processes of one thread each: two threads each fight for the two cores.
+export OMP_NUM_THREADS := 1
+export MPLBACKEND ?= Agg
+export PYTHONHASHSEED := 0
+ifneq ($(PIP_FIND_LINKS),)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test notebooks freeze clean
+
+help:
+	@echo "make lab        open JupyterLab on the first notebook"
+	@echo "make test       run every check"
+	@echo "make notebooks  run all notebooks again from notebooks/source and store their outputs"
+	@echo "make clean      remove caches, builds and the environment"
+
+# The stamp makes every later call instant; a change of what is required installs again.
+$(VENV)/ready: pyproject.toml constraints.txt
+ifneq ($(UV),)
+	test -x $(BIN)/python || $(UV) venv --quiet --seed --python 3.11 $(VENV)
+	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+else
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+endif
+	touch $@
