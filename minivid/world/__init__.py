@@ -1,0 +1,4 @@
+"""The ground floor: a procedural captioned world with exact truth, defects, moving digits, real clips, and the judge."""
+
+from .render import batch, render
+from .scene import COLOURS, HELD_OUT, MOTIONS, SHAPES, SIZES, Body, Scene, draw, held_out, stream
