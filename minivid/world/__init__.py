@@ -1,4 +1,5 @@
 """The ground floor: a procedural captioned world with exact truth, defects, moving digits, real clips, and the judge."""
 
+from .caption import STYLES, WORDS, attributes, caption, captions, chunk_caption, compose, event_captions, fields
 from .render import batch, render
 from .scene import COLOURS, HELD_OUT, MOTIONS, SHAPES, SIZES, Body, Scene, draw, held_out, stream
