@@ -1,0 +1,179 @@
+"""What a model costs: work, weights, bytes and time, each measured rather than estimated.
+
+Two rules run through this file. Memory is counted in live bytes of tensor storage, not in resident memory of the
+process, so that a number is the same on every machine. Time is only ever a ratio of two things run alternately in one
+process: a bare second on one laptop says nothing about another.
+
+The scores of a clip (PSNR, SSIM, drift, Frechet distance ...) live in `minivid.world.scores`, the judge in
+`minivid.world.judge`; both are here as `scores` and `judge`, so that one import serves a claim.
+"""
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+def flops(fn: Callable[[], Any]) -> int:
+    """Floating-point operations of one call of `fn`; a multiply-add counts as 2.
+
+    Counted from the shapes of the matrix products, convolutions and attention calls that really ran, so a part that is
+    skipped costs nothing. Elementwise work is left out, as is usual. Backward passes inside `fn` are counted too.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of values in the module's parameters; tied weights count once, buffers don't count."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def stored_bytes(thing: Any) -> int:
+    """Bytes that `thing` takes when it is stored: what a compression claim may call its size.
+
+    A path is the size of the file (or of all files of a folder), bytes their length, a tensor or array its elements
+    times their width, a module its state dict; dicts, lists and tuples are summed. A tensor met twice counts once.
+
+    Raises FileNotFoundError for a path that does not exist, TypeError for anything else.
+    """
+    return _stored(thing, set())
+
+
+def _stored(thing: Any, seen: set[tuple]) -> int:
+    if isinstance(thing, (str, Path)):
+        path = Path(thing)
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist, so its size can't be measured.")
+        return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    if isinstance(thing, (bytes, bytearray)):
+        return len(thing)
+    if isinstance(thing, nn.Module):
+        return _stored(thing.state_dict(), seen)
+    if isinstance(thing, Tensor):
+        key = (thing.data_ptr(), thing.shape, thing.stride(), thing.dtype)
+        if thing.numel() and key in seen:
+            return 0
+        seen.add(key)
+        return thing.numel() * thing.element_size()
+    if hasattr(thing, "nbytes"):  # numpy arrays and their like
+        return int(thing.nbytes)
+    if isinstance(thing, Mapping):
+        return sum(_stored(value, seen) for value in thing.values())
+    if isinstance(thing, (list, tuple)):
+        return sum(_stored(value, seen) for value in thing)
+    raise TypeError(
+        f"stored_bytes takes a path, bytes, a tensor, an array, a module or a dict or list of them, "
+        f"not {type(thing).__name__}."
+    )
+
+
+class _Live(TorchDispatchMode):
+    """Follows every storage that is born under it until it dies, and remembers the highest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int | None] = {}  # None: was there before, as weights and inputs are
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in _tensors((args, kwargs)):
+            self._follow(tensor, born_here=False)
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            self._follow(tensor, born_here=True)
+        return out
+
+    def _follow(self, tensor: Tensor, born_here: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # one number per storage, however many views look at it
+        if key in self.sizes:
+            return
+        self.sizes[key] = storage.nbytes() if born_here else None
+        weakref.finalize(storage, self._forget, key)
+        if born_here:
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key) or 0
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+
+
+def peak(fn: Callable[[], Any]) -> int:
+    """Peak bytes of tensors alive at once during `fn()`, without those that existed before it (weights, inputs).
+
+    Every operation that reaches the dispatcher is seen, in the backward pass too; a view adds nothing, an in-place
+    operation adds nothing. Scratch memory inside one fused kernel is not seen: compare like with like.
+    """
+    with _Live() as live:
+        result = fn()
+    del result
+    return live.peak
+
+
+def saved_for_backward(fn: Callable[[], Any]) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward pass of what `fn()` computes.
+
+    Parameters are not counted: they are in memory anyway. A storage kept by several operations counts once, and it
+    counts whole even where only a slice of it is needed, because the slice keeps all of it alive.
+    """
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        root = tensor if tensor._base is None else tensor._base
+        if not isinstance(root, nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.detach()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fn()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long `a` takes as `b`: the median over interleaved runs, and its quartiles."""
+
+    median: float
+    low: float
+    high: float
+    runs: tuple[tuple[float, float], ...]  # seconds of (a, b), pair by pair
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.2g}x ({self.low:.2g}-{self.high:.2g}, {len(self.runs)} runs, {self.threads} threads)"
+
+
+def ratio(a: Callable[[], Any], b: Callable[[], Any], repeats: int = 7) -> Ratio:
+    """Time of `a()` divided by time of `b()`, from `repeats` pairs of alternating runs after one warm-up each.
+
+    Alternating is the point: a machine that slows down for a second slows both. A speed-up is ratio(baseline, method).
+    Raises ValueError for fewer than 5 repeats, of which a median would say too little.
+    """
+    if repeats < 5:
+        raise ValueError(f"ratio needs at least 5 repeats for its median to mean something, got {repeats}.")
+    a(), b()
+    runs = tuple((_seconds(a), _seconds(b)) for _ in range(repeats))
+    low, middle, high = statistics.quantiles([x / y for x, y in runs], n=4, method="inclusive")
+    return Ratio(middle, low, high, runs, torch.get_num_threads())
+
+
+def _seconds(fn: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    fn()
+    return max(time.perf_counter() - start, 1e-9)

@@ -1,0 +1,108 @@
+"""Each meter against a case that can be worked out by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from minivid.lab import measure
+
+KB = 1024  # a 16 x 16 float32 tensor
+
+
+def test_flops_of_a_matrix_product_are_two_per_multiply_add():
+    a, b = torch.zeros(3, 5), torch.zeros(5, 7)
+    assert measure.flops(lambda: a @ b) == 2 * 3 * 5 * 7
+
+
+def test_flops_count_only_what_ran():
+    a = torch.zeros(8, 8)
+    assert measure.flops(lambda: [a @ a for _ in range(3)]) == 3 * measure.flops(lambda: a @ a)
+
+
+def test_tied_parameters_count_once():
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    assert measure.parameters(nn.Sequential(first, second)) == 16
+
+
+def test_stored_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "b").write_bytes(b"123")
+    half = torch.zeros(10, dtype=torch.float16)
+    assert measure.stored_bytes(tmp_path / "a") == 5
+    assert measure.stored_bytes(tmp_path) == 8
+    assert measure.stored_bytes(b"12") == 2
+    assert measure.stored_bytes({"x": half, "y": [half, half.numpy()]}) == 20 + 20
+    assert measure.stored_bytes(nn.Linear(3, 2)) == 4 * (6 + 2)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        measure.stored_bytes(tmp_path / "c")
+    with pytest.raises(TypeError, match="not object"):
+        measure.stored_bytes(object())
+
+
+def test_peak_of_a_chain_is_two_tensors():
+    x, w = torch.zeros(16, 16), torch.zeros(16, 16)
+
+    def chain():
+        y = x
+        for _ in range(5):  # while the new y is made only the old y is alive
+            y = y @ w
+        return y
+
+    assert measure.peak(chain) == 2 * KB
+
+
+def test_peak_keeps_what_is_kept():
+    x = torch.zeros(16, 16)
+    assert measure.peak(lambda: [x @ x for _ in range(5)]) == 5 * KB
+
+
+def test_peak_ignores_views_and_in_place_work():
+    x = torch.zeros(16, 16)
+
+    def views():
+        y = x + 1
+        z = y.t().reshape(256)
+        y.mul_(2), y[:3].add_(1)
+        return y, z
+
+    assert measure.peak(lambda: x.view(4, 64).t()) == 0
+    assert measure.peak(lambda: x.mul_(2)) == 0
+    assert measure.peak(views) == 2 * KB  # y, and the copy that reshape has to make of y.t()
+
+
+def test_peak_sees_the_backward_pass():
+    w = nn.Parameter(torch.ones(16, 16))
+
+    def forward():
+        y = w * 2
+        return (y * y).sum()
+
+    assert measure.peak(forward) == 2 * KB + 4  # y, y * y, then the sum while y * y still lives
+    assert measure.peak(lambda: forward().backward()) >= 3 * KB  # y is kept, and two gradients meet
+
+
+def test_saved_bytes_leave_weights_out():
+    layer = nn.Linear(16, 16, bias=False)
+    x = torch.ones(16, 16)
+    assert measure.saved_for_backward(lambda: layer(x)) == KB  # x, for the weight's gradient
+    layer.weight.requires_grad_(False)
+    assert measure.saved_for_backward(lambda: layer(x)) == 0
+    assert measure.saved_for_backward(lambda: layer(layer(x.clone().requires_grad_()))) == 0
+
+
+def test_saved_storages_count_once():
+    w = nn.Parameter(torch.ones(16, 16))
+    x = torch.ones(16, 16)
+    assert measure.saved_for_backward(lambda: (x @ w, x.t() @ w, x[:4] @ w)) == KB
+
+
+def test_ratio_of_equal_work_is_about_one_and_of_more_work_is_more():
+    a = torch.ones(128, 128)
+    same = measure.ratio(lambda: a @ a, lambda: a @ a, repeats=9)
+    more = measure.ratio(lambda: [a @ a for _ in range(20)], lambda: a @ a, repeats=9)
+    assert len(same.runs) == 9 and same.low <= same.median <= same.high
+    assert more.median > 2 * same.median
+    assert "9 runs" in str(same)
+    with pytest.raises(ValueError, match="at least 5"):
+        measure.ratio(lambda: None, lambda: None, repeats=2)
