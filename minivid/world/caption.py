@@ -25,7 +25,7 @@ WORDS = tuple(
     slow fast slowly quickly steady appears leaves returns stops hides behind bar hidden wall walls floor other another
     same object objects shape image video clip scene scenes shot shots first second third last back again cut fade fades cuts
     camera pans zooms shakes out panning zooming shaking fixed
-    bright normal dim even corners night day soft
+    bright normal dim spot corners night day soft
     there nothing something alone pair group many everything changes
     top bottom middle side near far front before after during start end now
     calm lively busy quiet playful wide close view flat simple clean drawing theme style colours colour texture
@@ -320,7 +320,7 @@ ATTRIBUTES = (
     *COLOURS, *SHAPES, *SIZES, *ALL_MOTIONS, *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
     *(f"{shape} {motion}" for shape in SHAPES for motion in ALL_MOTIONS),
     *(f"body {kind}" for kind in TEXTURES), *(f"ground {kind}" for kind in TEXTURES), *(f"ground {tone}" for tone in TONES),
-    *(f"camera {word}" for word in _CAMERA), *(f"light {word}" for word in ("normal", "dim", "bright", "even")),
+    *(f"camera {word}" for word in _CAMERA), *(f"light {word}" for word in ("normal", "dim", "bright", "spot")),
 )  # fmt: skip
 
 

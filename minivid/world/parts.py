@@ -7,6 +7,7 @@ any time, also between frames, is a closed formula. That is what makes the truth
 Units: lengths in sides of the frame (x right, y down, the centre of the frame is .5), times in frames, angles in radians.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +22,9 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = {"small": 0.12, "medium": 0.16, "large": 0.21}  # nominal radius in sides; 3.8, 5.1 and 6.7 px at 32
 REACH = {"circle": 0.95, "square": 1.22, "triangle": 1.25, "star": 1.22}  # farthest point of the shape, in radii
+EXTENT = {  # half width, height above and depth below the centre, in radii: where a shape touches walls and floor
+    "circle": (0.95, 0.95, 0.95), "square": (0.86, 0.86, 0.86), "triangle": (1.0825, 1.25, 0.625), "star": (1.16, 1.22, 0.987),
+}  # fmt: skip
 MOTIONS = ("left", "right", "up", "down", "still")
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0), "still": (0.0, 0.0)}
 DIAGONALS = {
@@ -31,7 +35,7 @@ ALL_MOTIONS = MOTIONS + tuple(DIAGONALS) + OTHER
 TEXTURES = ("plain", "striped", "checked", "dotted", "lined", "numbered", "gradient", "noisy")
 TONES = {  # muted colours of backgrounds: (main, second), the second is what a texture is drawn with
     "dark": ((0.12, 0.12, 0.14), (0.24, 0.24, 0.26)), "grey": ((0.42, 0.42, 0.43), (0.53, 0.53, 0.53)),
-    "light": ((0.80, 0.80, 0.78), (0.68, 0.68, 0.67)), "brown": (((0.34, 0.28, 0.23)), (0.45, 0.39, 0.34)),
+    "light": ((0.80, 0.80, 0.78), (0.68, 0.68, 0.67)), "brown": ((0.34, 0.28, 0.23), (0.45, 0.39, 0.34)),
     "slate": ((0.26, 0.30, 0.35), (0.36, 0.40, 0.45)), "cream": ((0.80, 0.76, 0.68), (0.69, 0.65, 0.58)),
 }  # fmt: skip
 
@@ -111,7 +115,10 @@ class Background:
 
 @dataclass(frozen=True)
 class Camera:
-    """`word` is still, left, right, up, down (pan), in, out (zoom) or shake. Pan in sides per frame, `zoom` is the log-gain per frame."""
+    """`word` is still, left, right, up, down (pan), in, out (zoom) or shake. Pan in sides per frame, `zoom` is the log-gain per frame.
+
+    It moves between the frames `start` and `stop` and rests before and after.
+    """
 
     word: str = "still"
     vx: float = 0.0
@@ -119,9 +126,12 @@ class Camera:
     zoom: float = 0.0
     shake: float = 0.0
     phase: float = 0.0
+    start: float = 0.0
+    stop: float = math.inf
 
     def at(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Offsets x and y (sides) and magnification at `times`: screen = (world - .5 - offset) * zoom + .5."""
+        times = times.clip(self.start, self.stop) - self.start
         shake_x = np.sin(2.1 * times + self.phase) + np.sin(3.7 * times + 2 * self.phase)
         shake_y = np.sin(2.5 * times + 3 * self.phase) + np.sin(4.3 * times + self.phase)
         return (

@@ -76,10 +76,11 @@ def shots(scene: Scene, times: np.ndarray) -> list[tuple[Scene, np.ndarray]]:
             rise = (when >= cut.start).astype(float)
         weights *= 1 - rise
         weights[k] = rise
-    total: dict[Scene, np.ndarray] = {}
+    total: dict[str, np.ndarray] = {}
     for cut, weight in zip(scene.cuts, weights, strict=True):
-        total[cut.shot] = total.get(cut.shot, 0) + weight
-    return [(shot, weight) for shot, weight in total.items() if weight.any()]
+        total[cut.name] = total.get(cut.name, 0) + weight
+    named = {cut.name: cut.shot for cut in scene.cuts}
+    return [(named[name], weight) for name, weight in total.items() if weight.any()]
 
 
 def paint(scenes: Sequence[Scene], size: int, times: np.ndarray) -> Float[Tensor, "s f h w c"]:

@@ -7,7 +7,11 @@ from .parts import (
     ALL_MOTIONS, COLOURS, DIRECTIONS, HELD_OUT, MOTIONS, SHAPES, SIZES, TEXTURES, TONES,
     Background, Body, Camera, Cut, Event, Leg, Light, Occluder, Physics, Scene, State, Texture, held_out, source, states,
 )  # fmt: skip
-from .recipes import RECIPES, SPLITS
+from .films import FILMS
+from .physics import PHYSICAL
+from .recipes import SIMPLE, SPLITS
+
+RECIPES = {**SIMPLE, **PHYSICAL, **FILMS}
 
 
 def draw(seed: int, index: int = 0, recipe: str = "base", split: str = "train") -> Scene:
@@ -20,7 +24,7 @@ def draw(seed: int, index: int = 0, recipe: str = "base", split: str = "train") 
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}. Use one of: {', '.join(SPLITS)}.")
     rng = source(seed, index, recipe, split)
-    return Scene(seed=(seed, index), recipe=recipe, **RECIPES[recipe](rng, split, index))
+    return Scene(seed=(seed, index), recipe=recipe, **RECIPES[recipe](rng, split, seed, index))
 
 
 def stream(seed: int, recipe: str = "base", split: str = "train") -> Iterator[Scene]:
