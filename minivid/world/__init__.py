@@ -2,4 +2,5 @@
 
 from .caption import STYLES, WORDS, attributes, caption, captions, chunk_caption, compose, event_captions, fields
 from .render import batch, render
-from .scene import COLOURS, HELD_OUT, MOTIONS, SHAPES, SIZES, Body, Scene, draw, held_out, stream
+from .scene import COLOURS, HELD_OUT, MOTIONS, RECIPES, SHAPES, SIZES, Body, Scene, draw, held_out, states, stream, vary
+from .truth import Truth, truth

@@ -162,8 +162,11 @@ def textured(rng: np.random.Generator, split: str, seed: int, index: int) -> dic
 
 def light(rng: np.random.Generator, split: str, seed: int, index: int) -> dict:
     """Base in very dim light, in bright light, or lit in the middle only."""
-    word, gain, vignette = pick(rng, (("dim", 0.3, 0.0), ("bright", 1.3, 0.0), ("spot", 1.0, 0.9)))
-    return base(rng, split, seed, index) | {"light": Light(word, gain, vignette), "told": False}
+    word = pick(rng, ("dim", "bright", "spot"))
+    return base(rng, split, seed, index) | {"light": LIGHTS[word], "told": False}
+
+
+LIGHTS = {"normal": Light(), "dim": Light("dim", 0.3), "bright": Light("bright", 1.3), "spot": Light("spot", 1.0, 0.9)}
 
 
 def occluded(rng: np.random.Generator, split: str, seed: int, index: int) -> dict:
@@ -190,11 +193,8 @@ def occluded(rng: np.random.Generator, split: str, seed: int, index: int) -> dic
 
 def camera(rng: np.random.Generator, split: str, seed: int, index: int) -> dict:
     """A textured world under a camera that is still, pans, zooms or shakes; the body stays in view for 17 frames."""
-    word = pick(rng, ("still", "left", "right", "up", "down", "in", "out", "shake"))
-    speed = 0.008 + 0.012 * rng.random()
-    dx, dy = DIRECTIONS.get(word, (0, 0))
-    zoom, shake = {"in": 0.02, "out": -0.02}.get(word, 0.0), 0.03 * (word == "shake")
-    lens = Camera(word, dx * speed, dy * speed, zoom, shake, 2 * math.pi * rng.random())
+    lens, rate = CAMERAS[pick(rng, tuple(CAMERAS))], 0.6 + 0.8 * rng.random()
+    lens = replace(lens, vx=lens.vx * rate, vy=lens.vy * rate, zoom=lens.zoom * rate, phase=2 * math.pi * rng.random())
     times = np.arange(_SEEN, dtype=float)
     for _ in range(500):
         bodies = some_bodies(rng, split, 1)
@@ -203,6 +203,13 @@ def camera(rng: np.random.Generator, split: str, seed: int, index: int) -> dict:
         if (off + bodies[0].reach * gain).max() < 0.52:
             break
     return {"bodies": bodies, "background": background(rng, plain=0.0), "camera": lens}
+
+
+CAMERAS = {
+    "still": Camera(), "left": Camera("left", vx=-0.014), "right": Camera("right", vx=0.014), "up": Camera("up", vy=-0.014),
+    "down": Camera("down", vy=0.014), "in": Camera("in", zoom=0.02), "out": Camera("out", zoom=-0.02),
+    "shake": Camera("shake", shake=0.03),
+}  # fmt: skip
 
 
 SPEEDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # px per frame at 32 px

@@ -161,7 +161,7 @@ def pattern(kind: str, x: Tensor, y: Tensor, textures: Sequence[Texture], sharp:
         return _digit(u, v, torch.tensor([t.value for t in textures]))
     u = u / period + phase
     if kind == "gradient":  # a slow triangle wave: smooth however far the camera pans
-        return 1 - 2 * ((u % 1) - 0.5).abs().expand(torch.broadcast_shapes(x.shape, y.shape))
+        return 1 - 2 * ((u % 1) - 0.5).abs()
     v = v / period + phase * 1.618
     if kind == "noisy":
         return _noise(u, v, textures)
