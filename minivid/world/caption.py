@@ -162,11 +162,11 @@ def _film(scene: Scene) -> str:
         body = cut.shot.bodies[0]
         who = f"a {body.shape}" if scene.recipe == "recurrent" else name(body)
         if cut.name in seen:
-            text.append(f"back to the {_ORDER[seen.index(cut.name)]} scene")
+            text.append(f"the {_ORDER[seen.index(cut.name)]} scene again")
         else:
             seen.append(cut.name)
             text.append(_words(who, verb(body.motion)))
-    join = " then a fade to " if scene.cuts[-1].fade else " then a cut to "
+    join = " then a fade to " if scene.cuts[-1].fade else " then "
     return join.join(text)
 
 

@@ -1,5 +1,6 @@
 """Films of several parts: scripts of events, cuts and cross-fades, and the endless film whose first scene comes back."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -82,7 +83,7 @@ def _act(
         legs = [rest._replace(vy=way)]
         legs.append(later(legs[0], start + length / 2)._replace(vy=-way))
     elif kind == "spin":
-        legs = [rest._replace(spin=0.15)]
+        legs = [rest._replace(spin=2 * math.pi / length)]
     else:
         legs = [rest._replace(grow=(0.04 if kind == "grow" else -0.04) / length)]
     return kind, word, [*legs, later(legs[-1], stop)._replace(vx=0.0, vy=0.0, grow=0.0, spin=0.0)]

@@ -54,7 +54,7 @@ def background(rng: np.random.Generator, plain: float = 0.5) -> Background:
     if rng.random() < plain:
         return Background(tone, Texture(), first, second)
     kind = pick(rng, ("striped", "checked", "dotted", "noisy", "gradient"))
-    period = {"gradient": 2.0, "noisy": 0.2}.get(kind, 0.16 + 0.14 * rng.random())
+    period = {"gradient": 2.0, "noisy": 0.2}.get(kind, 0.22 + 0.14 * rng.random())
     angle = math.pi * rng.random() if kind in ("gradient", "noisy") else pick(rng, (0, math.pi / 2, math.pi / 4, -math.pi / 4))
     return Background(tone, Texture(kind, period, angle, rng.random(), int(rng.integers(1 << 30))), first, second)
 
@@ -179,16 +179,17 @@ def occluded(rng: np.random.Generator, split: str, seed: int, index: int) -> dic
     radius, speed, hidden = 0.1, 0.0125 + 0.003 * rng.random(), 8 + 4 * rng.random()
     margin = radius * REACH[shape] + 0.01
     half = margin + 0.5 * hidden * speed
-    along = (0.5, 0.5 + 0.02 * (rng.random() - 0.5))[motion != "still"]
-    across, bar = margin + (1 - 2 * margin) * rng.random(), 2.0
+    along, across, bar = 0.5 + 0.02 * (rng.random() - 0.5), margin + (1 - 2 * margin) * rng.random(), 2.0
     dx, dy = DIRECTIONS[motion]
     start = margin + 0.04 * rng.random()
     start = 1 - start if dx + dy < 0 else start
     x, y = (start, across) if dx else (across, start)
     path = body(colour, shape, "small", motion, x=x, y=y, vx=dx * speed, vy=dy * speed, walls=margin)
     path = replace(path, legs=(path.legs[0]._replace(radius=radius),))
-    block = Occluder(along, 0.5, half, bar, 0.62) if dx else Occluder(0.5, along, bar, half, 0.62)
-    return {"bodies": (path,), "background": background(rng), "occluder": block}
+    ground = background(rng)
+    level = 0.92 if ground.first[0] < 0.5 else 0.08
+    block = Occluder(along, 0.5, half, bar, level) if dx else Occluder(0.5, along, bar, half, level)
+    return {"bodies": (path,), "background": ground, "occluder": block}
 
 
 def camera(rng: np.random.Generator, split: str, seed: int, index: int) -> dict:

@@ -264,5 +264,5 @@ def look(
             at = [i for i, k in enumerate(kinds) if k == kind]
             k = scale[at][:, None, None]
             mix = pattern(kind, x.expand_as(cover)[at] * k, y.expand_as(cover)[at] * k, [bodies[i].texture for i in at], sharp[at][:, None, None] / k)
-            paint[at] *= 1 - 0.6 * mix[..., None]
+            paint[at] *= 1 - 0.5 * mix[..., None]
     return cover, paint
