@@ -31,6 +31,7 @@ WORDS = tuple(
     calm lively busy quiet playful wide close view flat simple clean drawing theme style colours colour texture
     gravity bouncy collision random path physics travel game dance
     brief time event events next slower faster bigger smaller which its they both all only
+    what how way does move largest smallest
     """.split()
 )
 STYLES = (
