@@ -33,7 +33,7 @@ def fixed_seeds():
 
 @pytest.fixture
 def untyped():
-    """Switches the shape checks off, for tests of what a reader sees who calls with a wrong shape (they have no checks on)."""
+    """Switches the shape checks off, to see what a reader sees, who has none, when a shape is wrong."""
     from jaxtyping import config
 
     config.update("jaxtyping_disable", True)

@@ -1,0 +1,1 @@
+"""The model and the process around it: tokenizer, model, attention, noise, training, weights."""

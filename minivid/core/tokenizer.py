@@ -1,0 +1,220 @@
+"""The tokenizer: a clip in, few numbers out, the clip back.
+
+    encode(clip) -> latent      decode(latent) -> clip      between them a bottleneck (z) -> z_q, codes, losses
+
+What is unusual here: time and space are folded into channels *before* the first convolution (pixel-unshuffle), so that all
+work is done on a small grid by large matrix products, which is what a CPU is good at; and causality is exact: the first
+frame fills a group of its own by repetition, every convolution looks back only, and with a `Stream` that keeps the last
+inputs of each convolution any chunk plan gives what one shot gives.
+
+One class is the per-frame tokenizer (`tok-f`, time stride 1) and the causal one (`tok-v`, 4 x 4 x 4); `Pix` is the exact
+space-to-depth tokenizer with nothing learnt.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def check_clip(clip: Tensor, stride: int, channels: int = 3) -> None:
+    """Raise unless `clip` is a finite float `b c f h w` in [-1, 1] whose rows and columns divide by `stride`."""
+    if clip.ndim != 5 or clip.shape[1] != channels:
+        raise ValueError(f"a batch of clips is 'b {channels} f h w' (five axes), got shape {tuple(clip.shape)}")
+    if not clip.is_floating_point():
+        raise TypeError(f"a clip is float in [-1, 1], got {clip.dtype}: divide bytes by 127.5 and subtract 1")
+    if clip.shape[2] < 1 or clip.shape[3] % stride or clip.shape[4] % stride:
+        raise ValueError(f"at least one frame, rows and columns divisible by {stride}; got f h w = {tuple(clip.shape[2:])}")
+    low, high = clip.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ValueError("the clip has NaN or infinite values")
+    if low < -1.05 or high > 1.05:
+        raise ValueError(f"a clip lies in [-1, 1], got values from {low:.3g} to {high:.3g}: is it in bytes, or in [0, 1]?")
+
+
+class Identity(nn.Module):
+    """The bottleneck that isn't one: continuous latents, no codes, no losses."""
+
+    def forward(self, z):
+        return z, [], {}
+
+
+class Pix(nn.Module):
+    """Exact space-to-depth: `s` x `s` pixels become channels. Nothing is learnt and nothing is lost."""
+
+    causal, streams, time_stride = True, True, 1
+
+    def __init__(self, s: int = 2):
+        super().__init__()
+        self.space_stride, self.channels, self.bottleneck = s, 3 * s * s, Identity()
+
+    def frames(self, n: int) -> bool:
+        return n >= 1
+
+    def latent_shape(self, f: int, h: int, w: int) -> tuple[int, int, int, int]:
+        return self.channels, f, h // self.space_stride, w // self.space_stride
+
+    def encode(self, clip, stream=None, generator=None):
+        check_clip(clip, self.space_stride)
+        return rearrange(clip, "b c f (h p) (w q) -> b (c p q) f h w", p=self.space_stride, q=self.space_stride)
+
+    def decode(self, latent, stream=None):
+        return rearrange(latent, "b (c p q) f h w -> b c f (h p) (w q)", p=self.space_stride, q=self.space_stride)
+
+
+class Stream:
+    """What a causal network must remember between two chunks: for every temporal convolution, its last inputs."""
+
+    def __init__(self):
+        self.kept: dict[nn.Module, Tensor] = {}
+
+    @property
+    def started(self) -> bool:
+        return bool(self.kept)
+
+
+class Norm(nn.Module):
+    """Root-mean-square norm over channels at each place: no statistics over time, so streaming stays exact."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(c))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.gain.view(-1, 1, 1, 1)
+
+
+class TimeConv(nn.Conv3d):
+    """A convolution over time alone, 3 taps. Causal: taps reach back only, and a Stream supplies what came before."""
+
+    def __init__(self, c: int, causal: bool = True):
+        super().__init__(c, c, (3, 1, 1))
+        self.causal = causal
+
+    def forward(self, x, stream: Stream | None = None):
+        if not self.causal:
+            return super().forward(F.pad(x, (0, 0, 0, 0, 1, 1), mode="replicate"))
+        # Before the first frame stands the first frame: a still is a clip that has not moved yet.
+        before = stream.kept.get(self) if stream is not None else None
+        x = torch.cat([x[:, :, :1].expand(-1, -1, 2, -1, -1) if before is None else before, x], 2)
+        if stream is not None:
+            stream.kept[self] = x[:, :, -2:]
+        return super().forward(x)
+
+
+class Residual(nn.Module):
+    """x + space(time(x)): a 3 x 3 convolution in each frame, then, where there is time to look at, one along it."""
+
+    def __init__(self, c: int, time: bool, causal: bool):
+        super().__init__()
+        self.norm1, self.space = Norm(c), nn.Conv3d(c, c, (1, 3, 3), padding=(0, 1, 1))
+        self.norm2 = Norm(c)
+        self.time = TimeConv(c, causal) if time else None
+        self.out = nn.Conv3d(c, c, 1)
+
+    def forward(self, x, stream=None):
+        y = self.space(F.silu(self.norm1(x)))
+        y = F.silu(self.norm2(y))
+        if self.time is not None:
+            y = F.silu(self.time(y, stream))
+        return x + self.out(y)
+
+
+class Coder(nn.Module):
+    """One half of a tokenizer: residual blocks on the fine grid (stride 2) and on the latent grid (stride 4)."""
+
+    def __init__(self, ends: tuple[int, int], up: bool, widths: tuple[int, int], depths: tuple[int, int], time: bool, causal: bool):
+        super().__init__()
+        block = lambda c: Residual(c, time, causal)
+        self.up = up
+        first, last = (1, 0) if up else (0, 1)
+        self.start = nn.Conv3d(ends[0], widths[first], (1, 3, 3), padding=(0, 1, 1))
+        self.first = nn.ModuleList(block(widths[first]) for _ in range(depths[first]))
+        self.bridge = nn.Conv3d(*((widths[1], 4 * widths[0]) if up else (4 * widths[0], widths[1])), 1)
+        self.last = nn.ModuleList(block(widths[last]) for _ in range(depths[last]))
+        self.norm = Norm(widths[last])
+        self.end = nn.Conv3d(widths[last], ends[1], (1, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x, stream=None):
+        x = self.start(x)
+        for b in self.first:
+            x = b(x, stream)
+        if self.up:
+            x = rearrange(self.bridge(x), "b (c p q) f h w -> b c f (h p) (w q)", p=2, q=2)
+        else:
+            x = self.bridge(rearrange(x, "b c f (h p) (w q) -> b (c p q) f h w", p=2, q=2))
+        for b in self.last:
+            x = b(x, stream)
+        return self.end(F.silu(self.norm(x)))
+
+
+class Tokenizer(nn.Module):
+    """Clip `b 3 f h w` <-> latent `b c f' h/4 w/4`, unit variance a channel, f' = 1 + (f - 1) / time_stride.
+
+    time_stride: 1 (per frame: no layer looks across time) or 4 (causal unless causal=False)
+    bottleneck:  what stands between encoder and decoder; its `lookup(codes)` gives the latent of stored codes
+    noise:       standard deviation added to the latent in training, so that the decoder forgives small errors of a generator
+    """
+
+    space_stride = 4
+
+    def __init__(self, channels: int = 10, time_stride: int = 4, widths=(48, 96), depths=(2, 3), causal: bool = True,
+                 bottleneck: nn.Module | None = None, noise: float = 0.05):
+        super().__init__()
+        self.channels, self.time_stride, self.causal, self.noise = channels, time_stride, causal, noise
+        self.streams = causal
+        time, folded = time_stride > 1, 3 * 4 * time_stride
+        self.encoder = Coder((folded, channels), False, tuple(widths), tuple(depths), time, causal)
+        self.decoder = Coder((channels, folded), True, tuple(widths), tuple(depths), time, causal)
+        self.bottleneck = bottleneck or Identity()
+        # Unit variance a channel by construction: batch statistics while training, their running means afterwards.
+        self.scale = nn.BatchNorm3d(channels, affine=False, momentum=0.01)
+
+    def frames(self, n: int) -> bool:
+        """Whether a clip of n frames is legal: 1 + a multiple of the time stride."""
+        return n >= 1 and (n - 1) % self.time_stride == 0
+
+    def latent_shape(self, f: int, h: int, w: int) -> tuple[int, int, int, int]:
+        """Shape `c f h w` of the latent of an f x h x w clip."""
+        return self.channels, 1 + (f - 1) // self.time_stride, h // 4, w // 4
+
+    def _fold(self, clip, stream):
+        r = self.time_stride
+        if stream is None or not stream.started:
+            if not self.frames(clip.shape[2]):
+                raise ValueError(f"this tokenizer takes 1 + {r}k frames (1, {1 + r}, {1 + 4 * r}, ...), got {clip.shape[2]}")
+            clip = torch.cat([clip[:, :, :1].expand(-1, -1, r - 1, -1, -1), clip], 2)
+        elif clip.shape[2] % r:
+            raise ValueError(f"later chunks of a stream have a multiple of {r} frames, got {clip.shape[2]}")
+        return rearrange(clip, "b c (f t) (h p) (w q) -> b (c t p q) f h w", t=r, p=2, q=2)
+
+    def features(self, clip: Tensor, stream: Stream | None = None) -> Tensor:
+        """What the encoder says before the bottleneck, normalised: `b c f' h/4 w/4`."""
+        return self.scale(self.encoder(self._fold(clip, stream), stream))
+
+    def encode(self, clip: Float[Tensor, "b 3 f h w"], stream: Stream | None = None, generator=None) -> Tensor:
+        """Clip in [-1, 1] -> latent. With a `stream`: the first chunk has 1 + 4k frames, later ones 4k.
+
+        Raises ValueError or TypeError on a wrong shape, dtype or range, on NaN, or on an illegal number of frames.
+        """
+        check_clip(clip, 4)
+        return self.bottleneck(self.features(clip, stream))[0]
+
+    def decode(self, latent: Float[Tensor, "b c f h w"], stream: Stream | None = None) -> Tensor:
+        """Latent -> clip `b 3 f h w`, clamped to [-1, 1]."""
+        if latent.ndim != 5 or latent.shape[1] != self.channels:
+            raise ValueError(f"a latent of this tokenizer is 'b {self.channels} f h w', got {tuple(latent.shape)}")
+        fresh = stream is None or not stream.started
+        return self._unfold(self.decoder(latent, stream), fresh).clamp(-1, 1)
+
+    def _unfold(self, y, fresh):
+        y = rearrange(y, "b (c t p q) f h w -> b c (f t) (h p) (w q)", t=self.time_stride, p=2, q=2)
+        return y[:, :, self.time_stride - 1 :] if fresh else y
+
+    def forward(self, clip, generator=None):
+        """The training pass: clip -> (reconstruction, codes, losses), with latent noise and no clamp."""
+        z, codes, losses = self.bottleneck(self.features(clip))
+        if self.training and self.noise:
+            z = z + self.noise * torch.randn(z.shape, generator=generator, device=z.device)
+        return self._unfold(self.decoder(z), True), codes, losses
