@@ -1,6 +1,8 @@
 """The ground floor: a procedural captioned world with exact truth, defects, moving digits, real clips, and the judge."""
 
 from .caption import STYLES, WORDS, attributes, caption, captions, chunk_caption, compose, event_captions, fields
+from .clips import CLIPS, PHOTOS, natural, natural_crops, pan, photograph
+from .files import Video, VideoError, read_video, write_video
 from .render import batch, render
 from .scene import COLOURS, HELD_OUT, MOTIONS, RECIPES, SHAPES, SIZES, Body, Scene, draw, held_out, states, stream, vary
 from .truth import Truth, truth
