@@ -20,7 +20,7 @@ from .train import Recipe, generate_loss, pick
 
 def mixed(recipes: dict[str, int], frames: slice, device, length: int = 16) -> tuple[Tensor, Tensor]:
     """Clips in bytes `n 3 f 32 32` (those frames of 17) and word numbers `n length` of several recipes, n of each."""
-    data = [torch.from_numpy(np.asarray(corpus.clips(r, n, 32, 17))[:, :, frames]) for r, n in recipes.items()]
+    data = [torch.from_numpy(np.array(corpus.clips(r, n, 32, 17)[:, :, frames])) for r, n in recipes.items()]
     said = [corpus.captions(r, n, length=length) for r, n in recipes.items()]
     return torch.cat(data).to(device), torch.cat(said).to(device)
 
@@ -84,7 +84,7 @@ def asked(batch: int, recipes: dict[str, int] = ASKED) -> Callable:
     """Clips of 16 frames, each with a few questions and their answers."""
 
     def material(device):
-        data = torch.cat([torch.from_numpy(np.asarray(corpus.clips(r, n, 32, 17))[:, :, :16]) for r, n in recipes.items()])
+        data = torch.cat([torch.from_numpy(np.array(corpus.clips(r, n, 32, 17)[:, :, :16])) for r, n in recipes.items()])
         said = torch.cat([interviews(r, n) for r, n in recipes.items()]).to(device)
         data = data.to(device)
 
@@ -178,8 +178,8 @@ def block_objective(model, batch, generator) -> dict[str, Tensor]:
 
 
 MORE: dict[str, Recipe] = {
-    "codes": Recipe("tokens", dict(codes=256), coded(64), next_block, 8000, 2e-3, 64),
-    "qa": Recipe("answerer", {}, asked(128), answer_right, 8000, 1.5e-3, 128),
+    "codes": Recipe("tokens", dict(codes=256), coded(64), next_block, 6000, 2e-3, 64),
+    "qa": Recipe("answerer", {}, asked(128), answer_right, 6000, 1.5e-3, 128),
     "unet": Recipe("unet", {}, pixels(128, {"base": 65536}, False), generate_loss(2.0), 10000, 1.5e-3, 128),
     "unet-i": Recipe("unet", dict(time=False), pixels(512, {"base": 65536, "textured": 12288}, True), generate_loss(1.5), 8000, 1.5e-3, 512),
     "block": Recipe("video", dict(channels=4, block=4), chunked(64), block_objective, 10000, 1.5e-3, 64),
