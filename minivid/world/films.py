@@ -100,7 +100,7 @@ def cuts(rng: np.random.Generator, split: str, seed: int, index: int) -> dict:
         shots.append(Cut(start, Scene((seed, index), "base", **parts), fade if number else 0, "ABC"[number]))
         start += int(rng.integers(5, 13))
     kind = "fade" if fade else "cut"
-    events = tuple(Event(cut.start - cut.fade, cut.start, -1, kind) for cut in shots[1:])
+    events = tuple(Event(float(cut.start - cut.fade), float(cut.start), -1, kind) for cut in shots[1:])
     return {"bodies": shots[0].shot.bodies, "background": shots[0].shot.background, "cuts": tuple(shots), "events": events}
 
 

@@ -20,10 +20,10 @@ COLOURS = {
     "yellow": (0.98, 0.86, 0.08), "magenta": (0.92, 0.14, 0.86), "cyan": (0.08, 0.84, 0.92),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES = {"small": 0.12, "medium": 0.16, "large": 0.21}  # nominal radius in sides; 3.8, 5.1 and 6.7 px at 32
-REACH = {"circle": 0.95, "square": 1.22, "triangle": 1.25, "star": 1.22}  # farthest point of the shape, in radii
+SIZES = {"small": 0.13, "medium": 0.17, "large": 0.22}  # nominal radius in sides; 4.2, 5.4 and 7 px at 32
+REACH = {"circle": 0.93, "square": 1.28, "triangle": 1.25, "star": 1.22}  # farthest point of the shape, in radii
 EXTENT = {  # half width, height above and depth below the centre, in radii: where a shape touches walls and floor
-    "circle": (0.95, 0.95, 0.95), "square": (0.86, 0.86, 0.86), "triangle": (1.0825, 1.25, 0.625), "star": (1.16, 1.22, 0.987),
+    "circle": (0.93, 0.93, 0.93), "square": (0.9, 0.9, 0.9), "triangle": (1.0825, 1.25, 0.625), "star": (1.16, 1.22, 0.987),
 }  # fmt: skip
 MOTIONS = ("left", "right", "up", "down", "still")
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0), "still": (0.0, 0.0)}
@@ -51,7 +51,7 @@ class Leg(NamedTuple):
     vy: float = 0.0
     ax: float = 0.0
     ay: float = 0.0
-    radius: float = 0.16
+    radius: float = 0.17
     grow: float = 0.0
     angle: float = 0.0
     spin: float = 0.0

@@ -118,7 +118,7 @@ def collide(rng: np.random.Generator, split: str, seed: int, index: int) -> dict
             x, y = 0.2 + 0.15 * rng.random() + 0.45 * k, 0.2 + 0.6 * rng.random()
             speed, turn = 0.012 + 0.014 * rng.random(), math.pi * k + 1.2 * (rng.random() - 0.5)
             discs.append(body(colour, "circle", "small", motion, x=x, y=y, vx=speed * math.cos(turn), vy=speed * math.sin(turn)))
-        if (meet(discs[0].legs[0], discs[1].legs[0], 1.9 * SIZES["small"]) < 15) != wanted:
+        if (meet(discs[0].legs[0], discs[1].legs[0], 2 * EXTENT["circle"][0] * SIZES["small"]) < 15) != wanted:
             continue
         bodies, events = simulate(tuple(discs), laws)
         early = [event.word for event in events if event.start < 16]
@@ -135,7 +135,7 @@ def futures(rng: np.random.Generator, split: str, seed: int, index: int) -> dict
     legs, events = [one.legs[0]._replace(vx=speed * math.cos(turn), vy=speed * math.sin(turn))], []
     while True:
         now = legs[-1]
-        times = (hit(now.x, now.vx, 0, wide, 1 - wide), hit(now.y, now.vy, 0, high, 1 - deep))
+        times = (hit(now.x, now.vx, 0.0, wide, 1 - wide), hit(now.y, now.vy, 0.0, high, 1 - deep))
         time = now.start + min(times)
         if time >= LAST:
             break

@@ -55,7 +55,7 @@ def background(rng: np.random.Generator, plain: float = 0.5) -> Background:
         return Background(tone, Texture(), first, second)
     kind = pick(rng, ("striped", "checked", "dotted", "noisy", "gradient"))
     period = {"gradient": 2.0, "noisy": 0.2}.get(kind, 0.22 + 0.14 * rng.random())
-    angle = math.pi * rng.random() if kind in ("gradient", "noisy") else pick(rng, (0, math.pi / 2, math.pi / 4, -math.pi / 4))
+    angle = math.pi * rng.random() if kind in ("gradient", "noisy") else pick(rng, (0.0, math.pi / 2, math.pi / 4, -math.pi / 4))
     return Background(tone, Texture(kind, period, angle, rng.random(), int(rng.integers(1 << 30))), first, second)
 
 
@@ -149,7 +149,7 @@ def texture(rng: np.random.Generator) -> Texture:
     """A texture for a body; its phase is drawn per video and can't be known from a caption. `lined` is 1 px wide at 64 px."""
     kind = pick(rng, ("striped", "checked", "dotted", "lined", "numbered"))
     period = {"striped": 0.11, "checked": 0.13, "dotted": 0.1, "lined": 0.0625}.get(kind, 0.1)
-    angle = 0.0 if kind == "numbered" else pick(rng, (0, math.pi / 4, math.pi / 2, -math.pi / 4))
+    angle = 0.0 if kind == "numbered" else pick(rng, (0.0, math.pi / 4, math.pi / 2, -math.pi / 4))
     return Texture(kind, period, angle, rng.random(), int(rng.integers(10)))
 
 
@@ -176,12 +176,12 @@ def occluded(rng: np.random.Generator, split: str, seed: int, index: int) -> dic
     """
     motion = pick(rng, MOTIONS[:4])
     colour, shape = look(rng, motion, split)
-    radius, speed, hidden = 0.1, 0.0125 + 0.003 * rng.random(), 8 + 4 * rng.random()
+    radius, speed, hidden = 0.09, 0.011 + 0.002 * rng.random(), 8 + 3.9 * rng.random()
     margin = radius * REACH[shape] + 0.01
-    half = margin + 0.5 * hidden * speed
+    half = radius * REACH[shape] + 0.5 * hidden * speed
     along, across, bar = 0.5 + 0.02 * (rng.random() - 0.5), margin + (1 - 2 * margin) * rng.random(), 2.0
     dx, dy = DIRECTIONS[motion]
-    start = margin + 0.04 * rng.random()
+    start = margin + 0.02 * rng.random()
     start = 1 - start if dx + dy < 0 else start
     x, y = (start, across) if dx else (across, start)
     path = body(colour, shape, "small", motion, x=x, y=y, vx=dx * speed, vy=dy * speed, walls=margin)

@@ -202,9 +202,9 @@ def _digit(u: Tensor, v: Tensor, values: Tensor) -> Tensor:
 def distance(shape: str, x: Tensor, y: Tensor, radius: Tensor | float) -> Tensor:
     """Signed distance (sides; exact near straight edges) from the outline of a shape of nominal `radius` at the origin."""
     if shape == "circle":
-        return torch.hypot(x, y) - 0.95 * radius
+        return torch.hypot(x, y) - 0.93 * radius
     if shape == "square":
-        return torch.maximum(x.abs(), y.abs()) - 0.86 * radius
+        return torch.maximum(x.abs(), y.abs()) - 0.9 * radius
     if shape == "triangle":  # equilateral, tip up, centroid at the origin
         return torch.maximum(y, x.abs() * (math.sqrt(3) / 2) - y * 0.5) - 0.625 * radius
     if shape != "star":
@@ -249,7 +249,7 @@ def _stamp(flat: Tensor, bodies: Sequence[Body], rows: np.ndarray, size: int, ti
 
 def look(
     bodies: Sequence[Body], x: Tensor, y: Tensor, radius: Tensor, angle: Tensor, colour: Tensor, sharp: Tensor
-) -> tuple[Float[Tensor, "n h w"], Float[Tensor, "n h w c"]]:
+) -> tuple[Float[Tensor, "n h w"], Float[Tensor, "n #h #w c"]]:
     """Coverage and colour of n bodies of one shape at offsets x, y (sides) from their centres; `sharp` is pixels per side."""
     if angle.any():
         c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]

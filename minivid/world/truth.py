@@ -5,14 +5,14 @@ and the camera projects it. Positions are in pixels of the clip, x right and y d
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .parts import Body, Event, Physics, Scene, states
+from .parts import Body, Event, Physics, Scene, Texture, states
 from .render import bar, camera, clock, distance, ground, lighting, look, screen_grid, shots
 
 
@@ -173,7 +173,8 @@ def _masks(scene: Scene, size: int, times: np.ndarray) -> dict[str, Tensor]:
         cx, cy, radius, angle, shown = (torch.from_numpy(np.array(p[0])) for p in _plain(body, times))
         grey = torch.zeros(len(times), 3, dtype=torch.float64)
         rel = x - cx[:, None, None], y - cy[:, None, None]
-        cover = look([body] * len(times), *rel, radius, angle, grey, sharp)[0]
+        plain = replace(body, texture=Texture())
+        cover = look([plain] * len(times), *rel, radius, angle, grey, sharp)[0]
         full.append((cover * shown[:, None, None]).float())
     left = torch.ones(len(times), size, size)
     if scene.occluder is not None:
