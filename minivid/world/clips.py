@@ -114,8 +114,8 @@ def pan(
     velocity: Sequence[float | int] = (1.0, 0.0),
     seed: int = 0,
     zoom_out: int = 2,
-) -> tuple[Float[Tensor, "c f h w"], Float[Tensor, "2 g h w"]]:
-    """A photograph passing by, and the flow of its g = f - 1 steps; content moves by `velocity` (x, y) px a frame.
+) -> tuple[Float[Tensor, "c f h w"], Float[Tensor, "xy f h w"]]:
+    """A photograph passing by at `velocity` (x, y) px a frame, and where each pixel's point is in the next frame.
 
     A pixel is the exact mean over the `zoom_out` x `zoom_out` photograph pixels below it, also at fractions of a pixel,
     so every frame is equally sharp and the flow is exact; the seed chooses where the pan starts.
@@ -141,7 +141,7 @@ def pan(
         y0, down = _box(y, size, zoom_out, sides[1])
         window = picture[:, y0 : y0 + down.shape[1], x0 : x0 + across.shape[1]]
         clip[:, i] = down @ window @ across.T
-    flow = torch.tensor(velocity, dtype=torch.float32).view(2, 1, 1, 1).expand(2, frames - 1, size, size).clone()
+    flow = torch.tensor(velocity, dtype=torch.float32).view(2, 1, 1, 1).expand(2, frames, size, size).clone()
     return clip.clamp_(-1, 1), flow
 
 
