@@ -17,14 +17,22 @@ import nbformat
 from jupytext.combine import combine_inputs_with_outputs
 
 HERE = Path(__file__).resolve().parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 
 
 def steady(book):
-    """Remove what another run would write differently."""
+    """Remove or number what another run, or another machine, would write differently."""
     book.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    views = 0
     for cell in book.cells:
         cell.metadata = {key: value for key, value in cell.metadata.items() if key in ("tags", "jupyter", "collapsed")}
+        for output in cell.get("outputs", []):
+            if WIDGET in output.get("data", {}):
+                views += 1
+                output["data"][WIDGET]["model_id"] = f"{views:032x}"
+            if "traceback" in output:
+                output["traceback"] = [line.replace(f"{HERE.parent}/", "") for line in output["traceback"]]
     return book
 
 
@@ -35,8 +43,6 @@ def record(source: Path) -> Path:
     book = jupytext.read(source)
     if target.exists():
         book = combine_inputs_with_outputs(book, nbformat.read(target, 4))  # keeps the ids of unchanged cells
-    for number, cell in enumerate(book.cells):
-        cell.setdefault("id", f"cell-{number}")
     options = {"timeout": 600, "kernel_name": "python3", "store_widget_state": False}
     nbclient.NotebookClient(book, **options, resources={"metadata": {"path": str(target.parent)}}).execute()
     nbformat.write(steady(book), target)

@@ -3,7 +3,7 @@
 import re
 import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 
 import pytest
 import yaml
@@ -63,6 +63,13 @@ def test_constraints_pin_all_we_ask_for():
         assert pin.operator == "==" and specifier.contains(pin.version), name
         assert version(name).split("+")[0] == pin.version, f"{name} {version(name)} is installed, {pin} is pinned"
     assert not re.search(r"://|--hash|\+cpu", (ROOT / "constraints.txt").read_text())
+
+
+def test_every_pin_runs_on_the_oldest_python_we_promise():
+    """Debian 12 has 3.11.2, and a pin that wants 3.11.5 makes the set-up fail there."""
+    oldest = min(s.version for s in SpecifierSet(PROJECT["requires-python"]) if s.operator == ">=") + ".0"
+    wants = {d.name: d.metadata.get("Requires-Python") for d in distributions()}
+    assert {name: w for name, w in wants.items() if w and not SpecifierSet(w).contains(oldest)} == {}
 
 
 def test_folders_are_where_readers_look():

@@ -1,4 +1,4 @@
-"""One slug, four places: code, test, claim, lesson. A paper that was begun has all four; README says what the files say."""
+"""One slug, four places: code, test, claim, lesson. A begun paper has all four; README says what the files say."""
 
 import pytest
 from checks import CHAPTERS, ROOT

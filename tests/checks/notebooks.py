@@ -55,6 +55,8 @@ def output_problems(book) -> list[str]:
         elif count <= last:
             problems.append(f"cell {i} has execution count {count} after {last}")
         last = count or last
+        if cell.source.rstrip().endswith(";"):
+            problems.append(f"cell {i} ends with ';', which nbval doesn't obey: write `_ = ...`")
         for output in cell.outputs:
             if output.output_type == "error" and "raises-exception" not in cell.metadata.get("tags", []):
                 problems.append(f"cell {i} shows an error: {output.ename}: {output.evalue}")

@@ -26,6 +26,14 @@ def allowed(colour: str) -> bool:
     return text in NEUTRAL or re.fullmatch(r"[01]?\.\d+|[01]", text) is not None
 
 
+def texts(node: ast.AST) -> list[str]:
+    """The strings in an expression, keys of a lookup (`PALETTE["blue"]`) left out."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else []
+    inside = [node.value] if isinstance(node, ast.Subscript) else ast.iter_child_nodes(node)
+    return [text for child in inside for text in texts(child)]
+
+
 def colour_problems(path: Path) -> list[str]:
     problems = []
 
@@ -43,10 +51,7 @@ def colour_problems(path: Path) -> list[str]:
             complain(node, f"uses the colour map {node.attr}")
         if isinstance(node, ast.Call):
             for keyword in node.keywords:
-                for value in ast.walk(keyword.value):
-                    text = value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
-                    if text is None:
-                        continue
+                for text in texts(keyword.value):
                     if keyword.arg == "cmap" and text not in MAPS | BAD_MAPS:
                         complain(node, f"uses the colour map {text}")
                     if keyword.arg in COLOUR_ARGUMENTS and not text.startswith("#") and not allowed(text):

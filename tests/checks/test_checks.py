@@ -135,7 +135,7 @@ def test_our_colours_pass(package):
     text = (
         "ax.plot(x, y, '--', color='#0072B2')\nax.plot(x, y, color='0.5')\nax.imshow(x, cmap='cividis')\n"
         "words = ('red', 'green', 'hot', 'autumn')\nax.text(0, 0, 'a', color='black')\n"
-        "s = '#ddd'\nax.imshow(x, cmap=SIGNED)"
+        "s = '#ddd'\nax.imshow(x, cmap=SIGNED)\nax.bar(x, y, color=[PALETTE['blue'], '#999'])"
     )
     assert palette.colour_problems(package(a=text) / "a.py") == []
 
@@ -189,6 +189,7 @@ OTHER_KERNEL = {"kernelspec": {"name": "mine", "display_name": "Mine", "language
         (lambda: book(new_markdown_cell('<img src="a.png">')), "without alt text"),
         (lambda: book(new_markdown_cell("![](a.png)")), "without alt text"),
         (lambda: book(new_markdown_cell("<svg><path/></svg>")), "without title"),
+        (lambda: book("x;"), "nbval doesn't obey"),
         (lambda: book("x = 1\n" * 21), "21 lines"),
         (lambda: book(*["x"] * 39), "41 cells"),
         (lambda: book(words=300), "words"),
