@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from .where import Where, visible
 
 
-def _mask(where: Where) -> Tensor | None:
+def _mask(where: Where, heads: int) -> Tensor | None:
+    """The visibility mask `b k n m` (or with 1 for k, which broadcasts) of `heads` query heads."""
     m = visible(where)
-    return m[:, None] if m is not None and m.ndim == 3 else m  # heads broadcast
+    if m is None or m.ndim == 3:
+        return None if m is None else m[:, None]
+    return m if m.shape[1] in (1, heads) else m.repeat_interleave(heads // m.shape[1], 1)
 
 
 def _share(q: Tensor, k: Tensor) -> Tensor:
@@ -28,7 +31,7 @@ def dense(
     q: Float[Tensor, "b k n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m e"], where: Where
 ) -> Float[Tensor, "b k n e"]:
     """softmax(q k' / sqrt d) v over the visible keys, by PyTorch's fused kernel. `g` key heads may serve `k` query heads."""
-    return F.scaled_dot_product_attention(q, _share(q, k), _share(q, v), attn_mask=_mask(where))
+    return F.scaled_dot_product_attention(q, _share(q, k), _share(q, v), attn_mask=_mask(where, q.shape[1]))
 
 
 def scores(
@@ -36,7 +39,7 @@ def scores(
 ) -> Float[Tensor, "b k n m"]:
     """The attention map itself: row i says what share of its output token i takes from every key."""
     s = torch.einsum("bknd,bkmd->bknm", q, _share(q, k)) * q.shape[-1] ** -0.5
-    m = _mask(where)
+    m = _mask(where, q.shape[1])
     return (s if m is None else s.masked_fill(~m, -torch.inf)).softmax(-1)
 
 
@@ -98,6 +101,7 @@ class Attention(nn.Module):
         if cache is None:
             q, k = turned(q, where), turned(k, where)
         else:
+            k = turned(k, where) if cache.rotated else k
             k, v, keys = cache.through(self.layer, q, k, v, where)
             q, k = turned(q, where), (k if cache.rotated else turned(k, keys))
             where = where.seen_from(keys)

@@ -76,6 +76,11 @@ class Cache:
             return k, v, own
         return torch.cat([past[0], k], 2), torch.cat([past[1], v], 2), past[2].join(own)
 
+    def detach(self) -> None:
+        """Cut the gradient into what is held."""
+        for e in (e for entries in self.kept.values() for e in entries):
+            e.k, e.v = e.k.detach(), e.v.detach()
+
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values held now."""

@@ -50,7 +50,7 @@ class Cells(nn.Module):
         coords = torch.stack([place // cells, row, place % width], -1).float()[None]
         return vectors, Where(coords, (place // self.block)[None], grid=tuple(x.shape[1:])), t
 
-    def places(self, n: int, start: float, device=None) -> Int[Tensor, "n"]:
+    def places(self, n: int, start: float | int, device=None) -> Int[Tensor, "n"]:
         """Raster numbers of n cells that begin at frame `start` (frames and parts of a frame, such as 2.25 for its row 2 of 8)."""
         return torch.arange(n, device=device) + round(start * self.side[0] * self.side[1])
 
@@ -105,7 +105,7 @@ def nll(logits: Float[Tensor, "b K f h w"], codes: Int[Tensor, "b f h w"]) -> Fl
     return F.cross_entropy(logits, codes, reduction="none")
 
 
-def choose(logits: Float[Tensor, "b K n"], temperature: float, generator: torch.Generator | None) -> Int[Tensor, "b n"]:
+def choose(logits: Float[Tensor, "b K n"], temperature: float | int, generator: torch.Generator | None) -> Int[Tensor, "b n"]:
     """One code a cell, each cell by itself: softmax(logits / temperature); temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(1)
@@ -114,8 +114,8 @@ def choose(logits: Float[Tensor, "b K n"], temperature: float, generator: torch.
 
 
 @torch.no_grad()
-def generate(model, frames: int, cond: Cond, prompt: Int[Tensor, "b f h w"] | None = None, cache=None,
-             temperature: float = 1.0, generator: torch.Generator | None = None, b: int = 1) -> Int[Tensor, "b f h w"]:
+def generate(model, frames: int, cond: Cond, prompt: Int[Tensor, "b p h w"] | None = None, cache=None,
+             temperature: float | int = 1.0, generator: torch.Generator | None = None, b: int = 1) -> Int[Tensor, "b f h w"]:
     """Codes of `frames` frames, block by block. The blocks of `prompt` (whole blocks, b samples) are taken as given.
 
     cache: keeps the keys of the blocks that were fed, so each block costs one pass over L cells; None computes the past

@@ -46,8 +46,8 @@ class Plan:
             raise ValueError(f"a block is written by a 'clean' pass, by the 'same' pass or 'none', got {self.write!r}")
 
 
-def rollout(model, plan: Plan, ends: list[Float[Tensor, "b c f h w"]], cond: Cond, cache=None, generator=None,
-            first: Float[Tensor, "b c f h w"] | None = None) -> Float[Tensor, "b c f h w"]:
+def rollout(model, plan: Plan, ends: list[Float[Tensor, "b c _ h w"]], cond: Cond, cache=None, generator=None,
+            first: Float[Tensor, "b c _ h w"] | None = None) -> Float[Tensor, "b c f h w"]:
     """Make one block of every tensor of noise in `ends` (a list of blocks `b c f h w`), in order; returns all frames.
 
     cond:  a caption for all (`b l`) or one a block (`b s l`, the last one goes on); each block is told `cond.at(i, start)`
@@ -60,16 +60,18 @@ def rollout(model, plan: Plan, ends: list[Float[Tensor, "b c f h w"]], cond: Con
     for i, end in enumerate(blocks):
         told = cond.at(i, cond.start + at)
         if plan.context is not None and made:
-            told = plan.context(torch.cat(made, 2), told)
+            past = torch.cat(made, 2)
+            told = plan.context(past.detach() if plan.detach else past, told)
         if cache is not None:
             cache.open(i, told)
         given = first is not None and i == 0
         x = end if given else denoise(model, plan, i, end, told, cache, generator)
-        x = x.detach() if plan.detach else x
         if cache is not None:
             if plan.write == "clean" or (given and plan.write != "none"):
                 remember(model, x, plan.at, told, cache, plan.detach)
             cache.close(i)
+            if plan.detach:
+                cache.detach()
         made.append(x)
         at += x.shape[2]
     return torch.cat(made, 2)
@@ -91,7 +93,7 @@ def denoise(model, plan: Plan, i: int, x: Tensor, cond: Cond, cache=None, genera
     return x
 
 
-def remember(model, x: Tensor, t: float, cond: Cond, cache, detach: bool = True) -> None:
+def remember(model, x: Tensor, t: float | int, cond: Cond, cache, detach: bool = True) -> None:
     """The clean pass: show the model the finished block at time t and let the cache keep its keys."""
     cache.writing = True
     with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):

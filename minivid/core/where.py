@@ -32,10 +32,10 @@ class Where:
 
     def join(self, later: "Where") -> "Where":
         """The places of these tokens followed by `later`'s (batch sizes broadcast)."""
-        a, b = _same_batch(self.coords, later.coords)
+        a, b = _alike(self.coords, later.coords, 2)
         if self.block is None and later.block is None:
             return Where(torch.cat([a, b], -2))
-        pa, pb = _same_batch(_blocks(self), _blocks(later))
+        pa, pb = _alike(_blocks(self), _blocks(later), 1)
         return Where(torch.cat([a, b], -2), torch.cat([pa, pb], -1))
 
     def seen_from(self, keys: "Where") -> "Where":
@@ -49,9 +49,12 @@ def _blocks(where: Where) -> Tensor:
     return torch.zeros(where.coords.shape[:-1], dtype=torch.long, device=where.coords.device)
 
 
-def _same_batch(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    n = max(a.shape[0], b.shape[0])
-    return a.expand(n, *a.shape[1:]), b.expand(n, *b.shape[1:]).to(a.device)
+def _alike(a: Tensor, b: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+    """Both with the same batch and heads; the last `tail` axes are left alone. `b n ...` gets a heads axis beside `b k n ...`."""
+    most = max(a.ndim, b.ndim)
+    a, b = (x if x.ndim == most else x.unsqueeze(1) for x in (a, b))
+    lead = torch.broadcast_shapes(a.shape[:-tail], b.shape[:-tail])
+    return a.expand(*lead, *a.shape[-tail:]), b.expand(*lead, *b.shape[-tail:])
 
 
 def grid(f: int, h: int, w: int, start: float | int = 0, block: int | None = None, device=None) -> Where:
@@ -73,4 +76,5 @@ def visible(where: Where) -> Bool[Tensor, "..."] | None:
     keys = where.keys if where.keys is not None else where
     if where.block is None and keys.block is None:
         return None
-    return _blocks(keys)[..., None, :] <= _blocks(where)[..., :, None].to(_blocks(keys).device)
+    k, q = _alike(_blocks(keys), _blocks(where), 1)
+    return k[..., None, :] <= q[..., :, None]
