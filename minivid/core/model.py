@@ -36,7 +36,7 @@ class Cond:
     given: Tensor | None = None
     vector: Tensor | None = None
     streams: dict[str, Tensor] = field(default_factory=dict)
-    start: float = 0.0
+    start: float | int = 0.0
 
     def null(self) -> "Cond":
         """The same with an empty caption: the other side of guidance."""
@@ -53,7 +53,7 @@ class Cond:
         gone = gone.view(-1, *[1] * (self.text.ndim - 1))
         return replace(self, text=torch.where(gone, self.null().text, self.text))
 
-    def at(self, block: int, start: float) -> "Cond":
+    def at(self, block: int, start: float | int) -> "Cond":
         """The condition of one block of a rollout: its own caption where there is one a chunk, and where it begins."""
         text = self.text[:, min(block, self.text.shape[1] - 1)] if self.text is not None and self.text.ndim == 3 else self.text
         return replace(self, text=text, start=start)
