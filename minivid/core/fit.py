@@ -167,18 +167,18 @@ def fit(
     if path is not None and path.exists():
         load(state, path, note)
     device = next((p.device for m in state.parts.values() if isinstance(m, nn.Module) for p in m.parameters()), "cpu")
-    first, log = not dist.is_initialized() or dist.get_rank() == 0, []
-    bar = tqdm(range(state.i, n), initial=state.i, total=n, mininterval=2, disable=not first or n < 50)
+    log: list[dict] = []
+    bar = tqdm(range(state.i, n), initial=state.i, total=n, mininterval=2, disable=not first() or n < 50)
     for i in bar:
         generator = draws(seed, i, device)
         losses = step(state, _cut(batches(i), generator), generator)
         state.i = i + 1
         if i % 10 == 0 or i == n - 1:
-            log.append({"step": i, **{k: float(v) for k, v in losses.items()}})
+            log.append({"step": i, **{k: float(v.detach()) for k, v in losses.items()}})
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(log[-1].items())[1:]}, refresh=False)
             if not all(map(torch.isfinite, map(torch.tensor, log[-1].values()))):
                 raise FloatingPointError(f"step {i}: a loss is not finite: {log[-1]}; the last checkpoint is kept")
-        if path is not None and first and (state.i % every == 0 or state.i == n):
+        if path is not None and first() and (state.i % every == 0 or state.i == n):
             save(state, path, note)
     return log
 
@@ -198,6 +198,11 @@ def processes() -> int:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this is the process that writes (the only one, or rank 0)."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def cosine(i: int, n: int, warm: int = 100) -> float:

@@ -82,71 +82,76 @@ class Norm(nn.Module):
         self.gain = nn.Parameter(torch.ones(c))
 
     def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.gain.view(-1, 1, 1, 1)
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.gain.view(-1, 1, 1)
 
 
-class TimeConv(nn.Conv3d):
-    """A convolution over time alone, 3 taps. Causal: taps reach back only, and a Stream supplies what came before."""
+class TimeConv(nn.Conv2d):
+    """A convolution over time alone, 3 taps, on frames `(b f) c h w`. Causal: taps reach back only, and a Stream supplies
+    what came before."""
 
     def __init__(self, c: int, causal: bool = True):
-        super().__init__(c, c, (3, 1, 1))
+        super().__init__(c, c, (3, 1))
         self.causal = causal
 
-    def forward(self, x, stream: Stream | None = None):
+    def forward(self, x, b: int, stream: Stream | None = None):
+        h = x.shape[-2]
+        x = rearrange(x, "(b f) c h w -> b c f (h w)", b=b)
         if not self.causal:
-            return super().forward(F.pad(x, (0, 0, 0, 0, 1, 1), mode="replicate"))
-        # Before the first frame stands the first frame: a still is a clip that has not moved yet.
-        before = stream.kept.get(self) if stream is not None else None
-        x = torch.cat([x[:, :, :1].expand(-1, -1, 2, -1, -1) if before is None else before, x], 2)
-        if stream is not None:
-            stream.kept[self] = x[:, :, -2:]
-        return super().forward(x)
+            x = F.pad(x, (0, 0, 1, 1), mode="replicate")
+        else:
+            # Before the first frame stands the first frame: a still is a clip that has not moved yet.
+            before = stream.kept.get(self) if stream is not None else None
+            x = torch.cat([x[:, :, :1].expand(-1, -1, 2, -1) if before is None else before, x], 2)
+            if stream is not None:
+                stream.kept[self] = x[:, :, -2:]
+        return rearrange(super().forward(x), "b c f (h w) -> (b f) c h w", h=h)
 
 
 class Residual(nn.Module):
-    """x + space(time(x)): a 3 x 3 convolution in each frame, then, where there is time to look at, one along it."""
+    """x + out(time(space(x))): a 3 x 3 convolution in each frame, then, where there is time to look at, one along it."""
 
     def __init__(self, c: int, time: bool, causal: bool):
         super().__init__()
-        self.norm1, self.space = Norm(c), nn.Conv3d(c, c, (1, 3, 3), padding=(0, 1, 1))
+        self.norm1, self.space = Norm(c), nn.Conv2d(c, c, 3, padding=1)
         self.norm2 = Norm(c)
         self.time = TimeConv(c, causal) if time else None
-        self.out = nn.Conv3d(c, c, 1)
+        self.out = nn.Conv2d(c, c, 1)
 
-    def forward(self, x, stream=None):
+    def forward(self, x, b, stream=None):
         y = self.space(F.silu(self.norm1(x)))
         y = F.silu(self.norm2(y))
         if self.time is not None:
-            y = F.silu(self.time(y, stream))
+            y = F.silu(self.time(y, b, stream))
         return x + self.out(y)
 
 
 class Coder(nn.Module):
-    """One half of a tokenizer: residual blocks on the fine grid (stride 2) and on the latent grid (stride 4)."""
+    """One half of a tokenizer: residual blocks on the fine grid (stride 2) and on the latent grid (stride 4).
+
+    Inside, frames are a part of the batch, `(b f) c h w`: on a CPU a 2-D convolution takes half the time of a flat 3-D one.
+    """
 
     def __init__(self, ends: tuple[int, int], up: bool, widths: tuple[int, int], depths: tuple[int, int], time: bool, causal: bool):
         super().__init__()
         block = lambda c: Residual(c, time, causal)
         self.up = up
         first, last = (1, 0) if up else (0, 1)
-        self.start = nn.Conv3d(ends[0], widths[first], (1, 3, 3), padding=(0, 1, 1))
+        self.start = nn.Conv2d(ends[0], widths[first], 3, padding=1)
         self.first = nn.ModuleList(block(widths[first]) for _ in range(depths[first]))
-        self.bridge = nn.Conv3d(*((widths[1], 4 * widths[0]) if up else (4 * widths[0], widths[1])), 1)
+        self.bridge = nn.Conv2d(*((widths[1], 4 * widths[0]) if up else (4 * widths[0], widths[1])), 1)
         self.last = nn.ModuleList(block(widths[last]) for _ in range(depths[last]))
         self.norm = Norm(widths[last])
-        self.end = nn.Conv3d(widths[last], ends[1], (1, 3, 3), padding=(0, 1, 1))
+        self.end = nn.Conv2d(widths[last], ends[1], 3, padding=1)
 
     def forward(self, x, stream=None):
-        x = self.start(x)
-        for b in self.first:
-            x = b(x, stream)
-        if self.up:
-            x = rearrange(self.bridge(x), "b (c p q) f h w -> b c f (h p) (w q)", p=2, q=2)
-        else:
-            x = self.bridge(rearrange(x, "b c f (h p) (w q) -> b (c p q) f h w", p=2, q=2))
-        for b in self.last:
-            x = b(x, stream)
-        return self.end(F.silu(self.norm(x)))
+        b = x.shape[0]
+        x = self.start(rearrange(x, "b c f h w -> (b f) c h w"))
+        for block in self.first:
+            x = block(x, b, stream)
+        x = F.pixel_shuffle(self.bridge(x), 2) if self.up else self.bridge(F.pixel_unshuffle(x, 2))
+        for block in self.last:
+            x = block(x, b, stream)
+        return rearrange(self.end(F.silu(self.norm(x))), "(b f) c h w -> b c f h w", b=b)
 
 
 class Tokenizer(nn.Module):

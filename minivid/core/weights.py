@@ -61,7 +61,7 @@ def save(path: Path, model: nn.Module, kind: str, settings: dict, made: dict) ->
     write(path, half, {"kind": kind, "settings": json.dumps(settings), "made": json.dumps(made)})
 
 
-def card(name: str) -> dict:
+def card(name: str | Path) -> dict:
     """What the header of shipped weights says: kind, settings, and the command, steps, seconds and device that made them."""
     _, header = read(path_of(name))
     return {"kind": header["kind"], "settings": json.loads(header["settings"]), "made": json.loads(header["made"])}
