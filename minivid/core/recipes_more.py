@@ -1,5 +1,7 @@
 """Recipes of the models that aren't plain video transformers: `codes`, `qa`, `unet`, `unet-i`, `block`."""
 
+import multiprocessing
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -67,17 +69,27 @@ ASKED = {"base": 24576, "two": 12288, "many": 16384}
 EACH = 4  # questions that are kept of each scene
 
 
-def interviews(recipe: str, n: int, seed: int = 0, split: str = "train", each: int = EACH) -> Tensor:
+def interviews(recipe: str, n: int, each: int = EACH) -> Tensor:
     """`each` questions about every scene with their answers, as word numbers `n each 9`: 8 places and the answer last."""
+    name = f"questions-{recipe}-{n}x{each}-{text.VOCABULARY}"
+    return by_all_cores(name, (n, each, 9), _interview, [(recipe, i, each) for i in range(n)])
+
+
+def _interview(job) -> np.ndarray:
+    recipe, i, each = job
+    scene = world.draw(0, i, recipe)
+    said = [questions.ask(scene, number) for number in range(each)]
+    return torch.cat([text.tokens([q for q, _ in said], 8), text.tokens([a for _, a in said], 1)], 1).numpy()
+
+
+def by_all_cores(name: str, shape: tuple[int, ...], function: Callable, jobs: list) -> Tensor:
+    """The array of what `function` says of every job, made by all cores once and then kept with the corpus."""
 
     def parts():
-        for scene in corpus.scenes(recipe, n, seed, split):
-            told = [questions.ask(scene, number) for number in range(each)]
-            words, answers = text.tokens([q for q, _ in told], 8), text.tokens([a for _, a in told], 1)
-            yield torch.cat([words, answers], 1)[None].numpy()
+        with multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
+            yield from (part[None] for part in pool.imap(function, jobs, 256))
 
-    name = f"questions-{recipe}-{split}-{seed}-{n}x{each}-{text.VOCABULARY}"
-    return torch.from_numpy(np.array(corpus._kept(name, (n, each, 9), np.int64, parts, n)))
+    return torch.from_numpy(np.array(corpus._kept(name, shape, np.int64, parts, len(jobs))))
 
 
 def asked(batch: int, recipes: dict[str, int] = ASKED) -> Callable:
@@ -135,13 +147,14 @@ def pixels(batch: int, recipes: dict[str, int], still: bool) -> Callable:
 
 def chunk_words(recipe: str, n: int, chunks: int) -> Tensor:
     """Word numbers `n chunks 16`: what is seen in each chunk of 4 frames."""
+    jobs = [(recipe, i, chunks) for i in range(n)]
+    return by_all_cores(f"chunks-{recipe}-{n}x{chunks}-{text.VOCABULARY}", (n, chunks, 16), _chunk_words, jobs)
 
-    def parts():
-        for scene in corpus.scenes(recipe, n):
-            yield text.tokens([world.chunk_caption(scene, 4 * i) for i in range(chunks)])[None].numpy()
 
-    name = f"chunks-{recipe}-{n}x{chunks}-{text.VOCABULARY}"
-    return torch.from_numpy(np.array(corpus._kept(name, (n, chunks, 16), np.int64, parts, n)))
+def _chunk_words(job) -> np.ndarray:
+    recipe, i, chunks = job
+    scene = world.draw(0, i, recipe)
+    return text.tokens([world.chunk_caption(scene, 4 * j) for j in range(chunks)]).numpy()
 
 
 def chunked(batch: int, n: int = 16384, chunks: int = 8, tokenizer: str = "tok-f") -> Callable:
