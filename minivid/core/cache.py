@@ -1,10 +1,11 @@
 """What a rollout remembers: keys and values of what was already made, so that nothing is computed twice.
 
-A rollout calls `open(block, cond)` when it begins a block and `close(block)` when it is done; in between every attention
-layer calls `through`: it reads the past and, where `writing` is on, adds the keys of its own tokens. What is unusual here:
-keys are kept *unrotated* and turned after `read` (unless `rotated` says otherwise), so a cache may drop, move and merge
-entries; and it counts the bytes that it holds (`nbytes`) and that reading copied (`moved`), because the second is often the
-real cost. A paper overrides one method: retrieval changes `read`, quantisation changes `add`, eviction changes `close`.
+A rollout calls `open(block, cond)` when it begins a block and `close(block)` when it is done; in between every
+attention layer calls `through`: it reads the past and, where `writing` is on, adds the keys of its own tokens. What is
+unusual here: keys are kept *unrotated* and turned after `read` (unless `rotated` says otherwise), so a cache may drop,
+move and merge entries; and it counts the bytes that it holds (`nbytes`) and that reading copied (`moved`), because the
+second is often the real cost. A paper overrides one method: retrieval changes `read`, quantisation changes `add`,
+eviction changes `close`.
 """
 
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Cache:
         entries.append(Entry(self.block, k, v, Where(where.coords, where.block)))
 
     def read(self, layer: int, q: Tensor, where: Where) -> tuple[Tensor, Tensor, Where] | None:
-        """Keys, values and places of the past that the queries `q` at `where` may look at; None while there is no past."""
+        """Keys, values and places of the past for the queries `q` at `where`; None while there is no past."""
         entries = [e for e in self.kept.get(layer, []) if e.block != self.block]
         if not entries:
             return None
@@ -93,11 +94,11 @@ class Cache:
 
 
 class Window(Cache):
-    """Keeps the last `last` blocks and the first `sink` (Xiao et al. 2023, arXiv 2309.17453: the first tokens draw attention)."""
+    """Keeps the last `last` blocks and the first `sink` (Xiao et al. 2023, arXiv 2309.17453)."""
 
     def __init__(self, last: int, sink: int = 0):
         if last < 1 or sink < 0:
-            raise ValueError(f"a window keeps at least the last block (last >= 1, sink >= 0), got last={last}, sink={sink}")
+            raise ValueError(f"a window keeps the last block at least (last >= 1, sink >= 0), got {last=}, {sink=}")
         super().__init__()
         self.last, self.sink = last, sink
 

@@ -2,9 +2,10 @@
 
     logits = model(x, None, cond, cache=None)        x: input codes `b f h w`; logits `b K f h w`
 
-What is unusual here: next-block prediction (Ren et al. 2025, arXiv 2502.07737). Cells follow each other in raster order and
-are cut into blocks of L; what stands at the l-th cell of a block is the code of the l-th cell of the block *before* (`shift`),
-and all L cells are predicted at once. L = 1 is the ordinary next-token model, L = 8 here a row of a frame, L = all cells one guess.
+What is unusual here: next-block prediction (Ren et al. 2025, arXiv 2502.07737). Cells follow each other in raster order
+and are cut into blocks of L; what stands at the l-th cell of a block is the code of the l-th cell of the block *before*
+(`shift`), and all L cells are predicted at once. L = 1 is the ordinary next-token model, L = 8 here a row of a frame,
+L = all cells a single guess.
 
     log p(codes) = sum over blocks m, cells l of log p(code[m, l] | blocks before m, caption)
 
@@ -25,7 +26,7 @@ from .where import Where
 class Cells(nn.Module):
     """The inlet: codes become vectors, places are those of the cells that they help to predict.
 
-    codes: number K of different codes; the number K itself means "nothing yet" and gives the learnt start vector of its cell
+    codes: number K of codes; the number K itself means "nothing yet" and gives the learnt start vector of its cell
     side:  rows and columns of a whole frame, so that a call may bring any run of cells, beginning at frame `cond.start`
     block: cells L of a block; set it to another value for another model of the same weights
     """
@@ -51,7 +52,7 @@ class Cells(nn.Module):
         return vectors, Where(coords, (place // self.block)[None], grid=tuple(x.shape[1:])), t
 
     def places(self, n: int, start: float | int, device=None) -> Int[Tensor, "n"]:
-        """Raster numbers of n cells that begin at frame `start` (frames and parts of a frame, such as 2.25 for its row 2 of 8)."""
+        """Raster numbers of n cells from frame `start` on (with parts of a frame: 2.25 is row 2 of 8 in frame 2)."""
         return torch.arange(n, device=device) + round(start * self.side[0] * self.side[1])
 
 
@@ -95,7 +96,7 @@ class TokenModel(nn.Module):
         return rearrange(self.head(self.norm(self.trunk(tokens, ctx))), "b (f h w) k -> b k f h w", f=f, h=h)
 
     def predict(self, codes: Int[Tensor, "b f h w"], cond: Cond) -> Float[Tensor, "b K f h w"]:
-        """Logits of every cell of `codes`, each from the blocks before its own only (teacher forcing): one pass over all blocks."""
+        """Logits of every cell of `codes`, each from the blocks before its own (teacher forcing), all in one pass."""
         check_codes(codes, self.codes)
         return self(shift(codes, self.inlet.block, self.codes), None, cond)
 
@@ -105,7 +106,7 @@ def nll(logits: Float[Tensor, "b K f h w"], codes: Int[Tensor, "b f h w"]) -> Fl
     return F.cross_entropy(logits, codes, reduction="none")
 
 
-def choose(logits: Float[Tensor, "b K n"], temperature: float | int, generator: torch.Generator | None) -> Int[Tensor, "b n"]:
+def choose(logits: Float[Tensor, "b K n"], temperature: float | int = 1.0, generator=None) -> Int[Tensor, "b n"]:
     """One code a cell, each cell by itself: softmax(logits / temperature); temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(1)
@@ -115,7 +116,7 @@ def choose(logits: Float[Tensor, "b K n"], temperature: float | int, generator: 
 
 @torch.no_grad()
 def generate(model, frames: int, cond: Cond, prompt: Int[Tensor, "b p h w"] | None = None, cache=None,
-             temperature: float | int = 1.0, generator: torch.Generator | None = None, b: int = 1) -> Int[Tensor, "b f h w"]:
+             temperature: float | int = 1.0, generator=None, b: int = 1) -> Int[Tensor, "b f h w"]:
     """Codes of `frames` frames, block by block. The blocks of `prompt` (whole blocks, b samples) are taken as given.
 
     cache: keeps the keys of the blocks that were fed, so each block costs one pass over L cells; None computes the past

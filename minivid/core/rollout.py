@@ -1,9 +1,9 @@
 """The rollout: a long clip is made block by block, each from what was made before.
 
-One frame a block is autoregression, the whole clip is plain diffusion, a few frames is block diffusion. A block comes to know
-the past through a cache of keys (written by a clean pass, by the denoising pass itself, or not at all) or through `context`,
-which turns what was emitted into the condition of the next block. Runs under gradient, so a model can be trained on its own
-rollouts. The training loss of such a model stands below.
+One frame a block is autoregression, the whole clip is plain diffusion, a few frames is block diffusion. A block comes
+to know the past through a cache of keys (written by a clean pass, by the denoising pass itself, or not at all) or
+through `context`, which turns what was emitted into the condition of the next block. Runs under gradient, so a model
+can be trained on its own rollouts. The training loss of such a model stands below.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ class Plan:
     path:    the process (see noise)
     times:   table `steps+1 f` of a block's frames, or `times(i)` for block i
     step:    sampler step
-    write:   how a finished block enters the cache: "clean" (a pass of its own at time `at`), "same" (the keys of the last
-             denoising pass), "none"
+    write:   how a finished block enters the cache: "clean" (a pass of its own at time `at`), "same" (the keys of the
+             last denoising pass), "none"
     at:      time of the clean pass; a little above 0 tells the model that its own past is not perfect
     context: `context(emitted, cond) -> cond`: the past as a condition, for models without a cache
     detach:  cut the gradient at block borders (truncated backpropagation)
@@ -50,8 +50,8 @@ def rollout(model, plan: Plan, ends: list[Float[Tensor, "b c _ h w"]], cond: Con
             first: Float[Tensor, "b c _ h w"] | None = None) -> Float[Tensor, "b c f h w"]:
     """Make one block of every tensor of noise in `ends` (a list of blocks `b c f h w`), in order; returns all frames.
 
-    cond:  a caption for all (`b l`) or one a block (`b s l`, the last one goes on); each block is told `cond.at(i, start)`
-    first: known frames that come before the first block: they are block 0 (written by a clean pass) and part of the result
+    cond:  a caption for all (`b l`) or one a block (`b s l`, the last goes on); block i is told `cond.at(i, start)`
+    first: known frames before the first block: they are block 0 (written by a clean pass) and part of the result
     Wrap the call in `torch.no_grad()` to sample; without it gradients flow within each block, and across blocks where
     `plan.detach` is off.
     """
@@ -104,8 +104,8 @@ def remember(model, x: Tensor, t: float | int, cond: Cond, cache, detach: bool =
 def block_times(b: int, chunks: int, frames: int, generator, slight: float = 0.0, shift: float = 1.0):
     """Training times `b f` of chunks x frames, and which chunks are noised, `b chunks` booleans.
 
-    A number m is drawn a sample: chunks before m are the clean past (times uniform in [0, slight]), m and those after it
-    are noised, each to a time of its own. So the first noised chunk sees what it sees in a rollout.
+    A number m is drawn a sample: chunks before m are the clean past (times uniform in [0, slight]), m and those after
+    it are noised, each to a time of its own. So the first noised chunk sees what it sees in a rollout.
     """
     m = (fit.uniform(b, 1, generator=generator) * chunks).long()
     noised = torch.arange(chunks, device=m.device) >= m

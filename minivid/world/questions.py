@@ -11,20 +11,24 @@ ANSWERS = (*COLOURS, *SHAPES, *MOTIONS, *COUNTS)
 def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
     """All questions that the scene answers without doubt: kind -> [(question, answer), ...].
 
-    Kinds: count, colour (of a shape), shape (of a colour), way (of a colour or shape), largest, smallest. A colour or shape is
-    asked for by name only where exactly one body has it. Raises ValueError for a film with cuts, where "there" is not one place.
+    Kinds are count, colour (of a shape), shape (of a colour), way (of a colour or shape), largest, smallest. A colour or
+    shape names a body only where no other has it. Raises ValueError for a film with cuts ("there" is not one place)
+    and for more than four bodies.
     """
     if scene.cuts or not 1 <= len(scene.bodies) <= len(COUNTS):
-        raise ValueError(f"Questions are made for one shot of 1 to {len(COUNTS)} bodies, got {len(scene.bodies)} and {len(scene.cuts)} cuts.")
+        got = f"{len(scene.bodies)} bodies and {len(scene.cuts)} cuts"
+        raise ValueError(f"Questions are made for one shot of 1 to {len(COUNTS)} bodies, got {got}.")
     shapes, colours = Counter(b.shape for b in scene.bodies), Counter(b.colour for b in scene.bodies)
     out: dict[str, list[tuple[str, str]]] = {"count": [("how many objects are there", COUNTS[len(scene.bodies) - 1])]}
     for body in scene.bodies:
-        names = [f"the {body.colour} object"] * (colours[body.colour] == 1) + [f"the {body.shape}"] * (shapes[body.shape] == 1)
+        names = []
         if colours[body.colour] == 1:
-            out.setdefault("shape", []).append((f"what shape is the {body.colour} object", body.shape))
+            names.append(f"the {body.colour} object")
+            out.setdefault("shape", []).append((f"what shape is {names[-1]}", body.shape))
         if shapes[body.shape] == 1:
-            out.setdefault("colour", []).append((f"what colour is the {body.shape}", body.colour))
-        if body.motion in MOTIONS:
+            names.append(f"the {body.shape}")
+            out.setdefault("colour", []).append((f"what colour is {names[-1]}", body.colour))
+        if names and body.motion in MOTIONS:
             out.setdefault("way", []).extend((f"which way does {name} move", body.motion) for name in names)
     by_size = sorted(scene.bodies, key=lambda body: body.radius)
     if len(by_size) > 1 and by_size[-1].radius > by_size[-2].radius:
@@ -35,7 +39,7 @@ def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
 
 
 def ask(scene: Scene, number: int = 0) -> tuple[str, str]:
-    """One question about the scene and its answer: a kind, each equally likely, then one of that kind. Pure in (scene.seed, number)."""
+    """One question and its answer, a function of (scene.seed, number): a kind, each equally likely, then one of that kind."""
     rng, kinds = source(*scene.seed, number, "question"), questions(scene)
     chosen = kinds[sorted(kinds)[int(rng.random() * len(kinds))]]
     return chosen[int(rng.random() * len(chosen))]

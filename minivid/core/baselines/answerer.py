@@ -2,9 +2,9 @@
 
     logits = model(clip, None, Cond(text=question), cache=None)        `b words`
 
-What is unusual here: 1,024 visual tokens (16 frames x 8 x 8 patches of 4 x 4 pixels) come first and can't see the question, so
-their keys and values are computed once, kept in a cache, and serve every question (`watch`, then `answer`). That cache is the
-large thing in memory, which is why it is worth compressing.
+What is unusual here: 1,024 visual tokens (16 frames x 8 x 8 patches of 4 x 4 pixels) come first and can't see the
+question, so their keys and values are computed once, kept in a cache, and serve every question (`watch`, then
+`answer`). That cache is the large thing in memory, which is why it is worth compressing.
 """
 
 import torch
@@ -22,8 +22,8 @@ from ..where import Where, grid
 class Answerer(nn.Module):
     """`model(x, t, cond, cache=None) -> logits` over all words; t is not looked at.
 
-    Visual tokens form block 0 (they see each other), the answer's slot and the words of the question block 1, padding block 2.
-    The slot stands at frame -1, the words of the question at -2, -3 ..., whatever the length of the clip.
+    Visual tokens form block 0 (they see each other), the answer's slot and the words of the question block 1, padding
+    block 2. The slot stands at frame -1, the words of the question at -2, -3 ..., whatever the length of the clip.
     """
 
     def __init__(self, d: int = 96, depth: int = 3, heads: int = 3, patch: int = 4):

@@ -1,12 +1,13 @@
-"""A video U-Net: what was the video generator before transformers, and what the papers on pruning and adapters compare on.
+"""A video U-Net: the video generator before transformers, and what the papers on pruning and adapters work on.
 
-What is unusual here: it has the outer call of every model, `model(x, t, cond, cache=None)` (the cache is not looked at); every
-stage is a list of *pairs* (residual block, attention block) that are addressed as `downs.0.1`, `mid`, `ups.2.0`, and their
-numbers are settings, so a pruned network is the same class; every branch ends in zeros, so a fresh network is an identity on
-its features, and `time=False` leaves out what looks across frames: the image U-Net, whose weights are a subset of the video one's.
+What is unusual here: it has the outer call of every model, `model(x, t, cond, cache=None)` (the cache is not looked
+at); every stage is a list of *pairs* (residual block, attention block) that are addressed as `downs.0.1`, `mid`,
+`ups.2.0`, and their numbers are settings, so a pruned network is the same class; every branch ends in zeros, so a fresh
+network is an identity on its features, and `time=False` leaves out what looks across frames: the image U-Net, whose
+weights are a subset of the video one's.
 
-Layout (Ronneberger et al. 2015; temporal layers after Blattmann et al. 2023, arXiv 2304.08818): a fine, a middle and a low level,
-skip connections from every pair and every change of level.
+Layout (Ronneberger et al. 2015; temporal layers after Blattmann et al. 2023, arXiv 2304.08818): a fine, a middle and a
+low level, skip connections from every pair and every change of level.
 """
 
 import torch
@@ -31,7 +32,7 @@ class FrameNorm(nn.GroupNorm):
     """GroupNorm over each frame by itself: no statistics run across time."""
 
     def forward(self, x):
-        return rearrange(super().forward(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", b=len(x))
+        return per_frame(super().forward, x)
 
 
 def per_frame(layer, x: Tensor) -> Tensor:
@@ -70,10 +71,11 @@ class Heads(nn.Module):
         self.register_buffer("axis", axis, persistent=False)
         self.register_buffer("freq", freq, persistent=False)
 
-    def forward(self, x: Float[Tensor, "b n c"], where: Where | None = None, text=None, mask=None) -> Float[Tensor, "b n c"]:
+    def forward(self, x: Float[Tensor, "b n c"], where: Where | None = None, text=None, mask=None):
         y = self.norm(x)
+        source = y if text is None else text
         split = lambda z: rearrange(z, "b n (k d) -> b k n d", k=self.heads)
-        q, k, v = (split(layer(s)) for layer, s in ((self.q, y), (self.k, y if text is None else text), (self.v, y if text is None else text)))
+        q, k, v = split(self.q(y)), split(self.k(source)), split(self.v(source))
         if text is None:
             q, k = (rotate(z, where.coords, self.axis, self.freq) for z in (q, k))
             o = dense(q, k, v, where)
@@ -98,7 +100,8 @@ class AttentionBlock(nn.Module):
         if self.space is not None:
             y = self.space(y, grid(1, h, w, device=x.device))
         if text is not None:
-            y = rearrange(self.cross(rearrange(y, "(b f) n c -> b (f n) c", b=b), None, text, mask), "b (f n) c -> (b f) n c", f=f)
+            y = self.cross(rearrange(y, "(b f) n c -> b (f n) c", b=b), None, text, mask)
+            y = rearrange(y, "b (f n) c -> (b f) n c", f=f)
         if self.time is not None:
             y = self.time(rearrange(y, "(b f) n c -> (b n) f c", b=b), grid(f, 1, 1, device=x.device))
             y = rearrange(y, "(b n) f c -> (b f) n c", b=b)
@@ -122,8 +125,8 @@ class UNet(nn.Module):
 
     channels:   of x (12 for `Pix(2)`)
     widths:     channels of the levels, the finest first; rows and columns of x divide by 2 ** (levels - 1)
-    downs, ups: pairs of each stage, downs from the finest level, ups from the lowest; each level's ups exceed its downs by one
-                (every pair and every change of level leaves a skip, every pair on the way up takes one)
+    downs, ups: pairs of each stage, downs from the finest level, ups from the lowest; each level's ups exceed its downs
+                by one (every pair and every change of level leaves a skip, every pair on the way up takes one)
     mid:        whether there is a pair at the bottom
     time:       whether frames see each other; False is the image U-Net
     """
@@ -132,8 +135,8 @@ class UNet(nn.Module):
                  time: bool = True, d: int = 64):
         super().__init__()
         if len(downs) != len(widths) or [n + 1 for n in reversed(downs)] != list(ups):
-            raise ValueError(f"each stage up has one pair more than its stage down: downs {tuple(downs)} need ups "
-                             f"{tuple(n + 1 for n in reversed(downs))}, got {tuple(ups)}")
+            need = tuple(n + 1 for n in reversed(downs))
+            raise ValueError(f"each stage up has one pair more than its stage down: {downs} need {need}, got {ups}")
         self.channels, levels = channels, len(widths)
         self.text, self.time = TextEncoder(d), TimeEmbedding(d)
         pair = lambda a, i: Pair((a, widths[i]), d, d, i > 0, time)
@@ -162,14 +165,17 @@ class UNet(nn.Module):
     def forward(self, x: Float[Tensor, "b c f h w"], t: Tensor, cond: Cond, cache=None) -> Float[Tensor, "b c f h w"]:
         side = 2 ** (len(self.downs) - 1)
         if x.ndim != 5 or x.shape[1] != self.channels or x.shape[3] % side or x.shape[4] % side:
-            raise ValueError(f"this U-Net takes 'b {self.channels} f h w', rows and columns divisible by {side}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"this U-Net takes 'b {self.channels} f h w', rows and columns divisible by {side}, got {tuple(x.shape)}"
+            )
         time = self.time(times(t, x))
         text, mask = words(self.text, cond)
         if text is not None:
             text, mask = text.flatten(1, 2), mask.flatten(1)
-        return self.leave_with(self.body(x, time, text, mask))
+        return per_frame(self.leave, F.silu(self.norm(self.body(x, time, text, mask))))
 
     def body(self, x, time, text, mask):
+        """All stages: what comes before the last norm, `b c f h w` at the finest level's width."""
         x = per_frame(self.enter, x)
         skips = [x]
         for i, stage in enumerate(self.downs):
@@ -186,6 +192,3 @@ class UNet(nn.Module):
             for pair in stage:
                 x = pair(torch.cat([x, skips.pop()], 1), time, text, mask)
         return x
-
-    def leave_with(self, x):
-        return per_frame(self.leave, F.silu(self.norm(x)))
