@@ -11,7 +11,7 @@ ANSWERS = (*COLOURS, *SHAPES, *MOTIONS, *COUNTS)
 def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
     """All questions that the scene answers without doubt: kind -> [(question, answer), ...].
 
-    Kinds are count, colour (of a shape), shape (of a colour), way (of a colour or shape), largest, smallest. A colour or
+    Kinds: count, colour (of a shape), shape (of a colour), way (of either), largest and smallest. A colour or
     shape names a body only where no other has it. Raises ValueError for a film with cuts ("there" is not one place)
     and for more than four bodies.
     """
@@ -39,7 +39,7 @@ def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
 
 
 def ask(scene: Scene, number: int = 0) -> tuple[str, str]:
-    """One question and its answer, a function of (scene.seed, number): a kind, each equally likely, then one of that kind."""
+    """One question and its answer, by (scene.seed, number): a kind, each equally likely, then one of that kind."""
     rng, kinds = source(*scene.seed, number, "question"), questions(scene)
     chosen = kinds[sorted(kinds)[int(rng.random() * len(kinds))]]
     return chosen[int(rng.random() * len(chosen))]

@@ -136,7 +136,7 @@ class UNet(nn.Module):
         super().__init__()
         if len(downs) != len(widths) or [n + 1 for n in reversed(downs)] != list(ups):
             need = tuple(n + 1 for n in reversed(downs))
-            raise ValueError(f"each stage up has one pair more than its stage down: {downs} need {need}, got {ups}")
+            raise ValueError(f"each stage up has one pair more than the stage down: {downs} need {need}, got {ups}")
         self.channels, levels = channels, len(widths)
         self.text, self.time = TextEncoder(d), TimeEmbedding(d)
         pair = lambda a, i: Pair((a, widths[i]), d, d, i > 0, time)
