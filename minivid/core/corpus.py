@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,26 +74,37 @@ def _kept(name: str, shape: tuple[int, ...], dtype, parts, total: int) -> np.nda
 
 def clips(recipe: str, n: int, size: int = 32, frames: int = 17, seed: int = 0, split: str = "train") -> np.ndarray:
     """n clips of a recipe as bytes `n 3 f h w`, drawn by all cores, read from disk the second time."""
+    sample = world.batch(scenes(recipe, 8, seed, split), size, frames)  # another world must not find this one's clips
+    mark = hashlib.sha256(bytes_of(sample).numpy().tobytes()).hexdigest()[:8]
     jobs = [(recipe, i, min(CHUNK, n - i), size, frames, seed, split) for i in range(0, n, CHUNK)]
 
     def parts():
         with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, len(jobs))) as pool:
             yield from pool.imap(_chunk, jobs)
 
-    return _kept(f"{recipe}-{split}-{seed}-{n}x{frames}x{size}", (n, 3, frames, size, size), np.uint8, parts, len(jobs))
+    return _kept(f"{recipe}-{split}-{seed}-{n}x{frames}x{size}-{mark}", (n, 3, frames, size, size), np.uint8, parts, len(jobs))
+
+
+def by_all_cores(name: str, shape: tuple[int, ...], function: Callable, jobs: list) -> Tensor:
+    """The array (integers) of what `function` says of every job, made by all cores once and then kept."""
+
+    def parts():
+        with multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
+            yield from (part[None] for part in pool.imap(function, jobs, 256))
+
+    return torch.from_numpy(np.array(_kept(name, shape, np.int64, parts, len(jobs))))
 
 
 def captions(recipe: str, n: int, seed: int = 0, split: str = "train", length: int = 16) -> Tensor:
     """The short captions of the same scenes as word numbers `n l`."""
-    said = (text.tokens([world.caption(s) for s in scenes(recipe, n, seed, split)], length).numpy() for _ in range(1))
-    name = f"{recipe}-{split}-{seed}-{n}-words{length}"
-    return torch.from_numpy(np.array(_kept(name, (n, length), np.int64, lambda: said, 1)))
+    return text.tokens([world.caption(s) for s in scenes(recipe, n, seed, split)], length)
 
 
 @torch.no_grad()
 def latents(tokenizer, name: str, data: np.ndarray, device="cpu", batch: int = 64) -> Tensor:
-    """Latents `n c f h w` (fp16) of clips in bytes. name: what the clips are; the tokenizer's values are part of the key."""
-    key = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in tokenizer.state_dict().values())).hexdigest()[:12]
+    """Latents `n c f h w` (fp16) of clips in bytes. name: what the clips are; first clips and tokenizer are part of the key."""
+    values = [v.cpu().numpy() for v in tokenizer.state_dict().values()]
+    key = hashlib.sha256(b"".join(v.tobytes() for v in [np.array(data[:8]), *values])).hexdigest()[:12]
     shape = (len(data), *tokenizer.latent_shape(*data.shape[2:]))
 
     def parts():

@@ -115,7 +115,8 @@ def load(state: State, path: Path, note: dict) -> None:
     tensors, header = weights.read(path)
     plain = json.loads(header["state"])
     if plain["note"] != note:
-        raise ValueError(f"{path} belongs to another run: it says {plain['note']}, this one {note}. Remove it or run without --resume.")
+        said = f"it says {plain['note']}, this one {note}"
+        raise ValueError(f"{path} belongs to another run: {said}. Remove it or run without --resume.")
     for name, part in state.parts.items():
         part.load_state_dict(_unflatten(name, tensors, plain))
     state.i = plain["i"]

@@ -91,7 +91,7 @@ class Patch(nn.Module):
     def forward(self, x, t, cond):
         if x.ndim != 5 or x.shape[1] != self.channels or x.shape[3] % self.p or x.shape[4] % self.p:
             raise ValueError(
-                f"this model takes a latent 'b {self.channels} f h w' with rows and columns divisible by {self.p}, got {tuple(x.shape)}"
+                f"this model takes 'b {self.channels} f h w', rows and columns divisible by {self.p}, got {tuple(x.shape)}"
             )
         where = grid(x.shape[2], x.shape[3] // self.p, x.shape[4] // self.p, cond.start, self.block, x.device)
         return self.project(rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=self.p, q=self.p)), where, t

@@ -59,7 +59,10 @@ class Path:
 
 
 def flow() -> Path:
-    """Flow matching on the straight line (Lipman et al. 2023; Liu et al. 2023): x_t = (1-t) clean + t noise, out = noise - clean."""
+    """Flow matching on the straight line : x_t = (1-t) clean + t noise, out = noise - clean.
+
+    Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003.
+    """
     return Path(a=lambda t: 1 - t, c=lambda t: t, p=lambda t: -torch.ones_like(t), q=torch.ones_like)
 
 
@@ -90,8 +93,10 @@ def logit_normal(b: int, f: int, generator: torch.Generator, shift: float = 1.0)
     return (shift * t / (1 + (shift - 1) * t)).expand(b, f)
 
 
-def loss(model: Callable, path: Path, clean: Tensor, t: Float[Tensor, "b f"], cond, noise: Tensor) -> Float[Tensor, "b"]:
-    """Mean squared error of the network's output at time t, per sample (take the mean to train)."""
+def loss(
+    model: Callable, path: Path, clean: Tensor, t: Float[Tensor, "b f"], cond, noise: Tensor
+) -> Float[Tensor, "b"]:
+    """Mean squared error of the network's output at time t, per sample."""
     out = model(path.at(clean, noise, t), t, cond)
     return (out - path.target(clean, noise, t)).square().flatten(1).mean(1)
 

@@ -16,7 +16,8 @@ ROLES = ("q", "k", "v", "o", "fc1", "fc2")  # names of linear layers that are al
 def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield (name, module, role) of every block and of the linear layers inside, in order of depth.
 
-    role: "block", "q", "k", "v", "o" of self-attention, the same with "cross-" before it, "fc1", "fc2", and "linear" or "conv" for the rest.
+    role: "block"; "q", "k", "v", "o" of self-attention, and the same with "cross-" before; "fc1", "fc2"; "linear" or "conv"
+    for the rest.
     """
     inside = {}
     for name, module in model.named_modules():

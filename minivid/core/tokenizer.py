@@ -131,7 +131,9 @@ class Coder(nn.Module):
     Inside, frames are a part of the batch, `(b f) c h w`: on a CPU a 2-D convolution takes half the time of a flat 3-D one.
     """
 
-    def __init__(self, ends: tuple[int, int], up: bool, widths: tuple[int, int], depths: tuple[int, int], time: bool, causal: bool):
+    def __init__(
+        self, ends: tuple[int, int], up: bool, widths: tuple[int, int], depths: tuple[int, int], time: bool, causal: bool
+    ):
         super().__init__()
         block = lambda c: Residual(c, time, causal)
         self.up = up

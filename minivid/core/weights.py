@@ -46,7 +46,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as f:
             header = f.metadata() or {}
             if header.get("minivid") != "1":
-                raise WeightsError(f"{path} is a safetensors file, but minivid didn't write it (its header says {sorted(header)})")
+                raise WeightsError(f"{path} is a safetensors file, but minivid didn't write it (header: {sorted(header)})")
             return {k: f.get_tensor(k) for k in f.keys()}, header
     except (SafetensorError, OSError) as e:
         raise WeightsError(f"{path} is damaged or no safetensors file ({e}); fetch it again, or train it anew") from e

@@ -14,4 +14,7 @@ def tokenizer(levels: list[int] | None = None, **settings) -> Tokenizer:
     return Tokenizer(**settings, bottleneck=FSQ(tuple(levels)) if levels else None)
 
 
-BUILDERS = {"tokenizer": tokenizer, "video": VideoModel, "features": Features, "tokens": TokenModel, "answerer": Answerer, "unet": UNet}
+BUILDERS = {
+    "tokenizer": tokenizer, "video": VideoModel, "features": Features,
+    "tokens": TokenModel, "answerer": Answerer, "unet": UNet,
+}

@@ -7,7 +7,8 @@ from pathlib import Path
 from checks import CHAPTERS, ROOT
 
 # What a part of the package may import of ours, besides itself. Chapters are handled below: never another paper.
-MAY_IMPORT = {"world": {"world"}, "core": {"world", "core"}, "lab": {"world", "core", "lab"}}
+MAY_IMPORT = {"world": {"world"}, "core": {"world", "core"}, "lab": {"world", "core", "lab"},
+              "training": {"world", "core", "training"}}  # fmt: skip
 BELOW_PAPERS = {"world", "core"}
 ON_TOP = {"claims", "__main__"}
 # Lazily imported where needed: matplotlib, scikit-learn and PyAV cost a reader seconds before the first line runs.

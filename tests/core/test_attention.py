@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from minivid.core.attention import Attention, dense, rotate, rotary_pairs, scores, unfused
+from minivid.core.attention import Attention, dense, rotary_pairs, rotate, scores, unfused
 from minivid.core.where import Where, grid, visible
 
 

@@ -88,6 +88,7 @@ def test_loss_is_zero_for_the_right_answer_and_per_sample():
     t = torch.rand(2, 4)
     for path in PATHS.values():
         told = path.target(X, EPS, t)
-        assert noise.loss(lambda x, t, c: told, path, X, t, None, EPS).abs().max() < 1e-10
         wrong = torch.cat([told[:1], told[1:] + 1])
-        torch.testing.assert_close(noise.loss(lambda x, t, c: wrong, path, X, t, None, EPS), torch.tensor([0.0, 1.0]))
+        for says, error in ((told, [0.0, 0.0]), (wrong, [0.0, 1.0])):
+            found = noise.loss(lambda x, t, c, says=says: says, path, X, t, None, EPS)
+            torch.testing.assert_close(found, torch.tensor(error))

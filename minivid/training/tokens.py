@@ -1,0 +1,100 @@
+"""Models over discrete codes and questions: `codes` says the next block, `qa` answers about a clip."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import world
+from ..core import corpus, fit, text, weights
+from ..core.cache import Cache
+from ..core.codes import nll
+from ..core.model import Cond
+from ..world import questions
+from .generators import mixed
+from .recipe import Recipe, pick
+
+CODED = {"base": 24576, "cuts": 12288, "varied": 12288}
+
+
+@torch.no_grad()
+def codes_of(tokenizer, data: Tensor, batch: int = 128) -> Tensor:
+    """Codes `n f h w` (bytes) of clips in bytes, by a tokenizer whose bottleneck has one grid of at most 256 codes."""
+    parts = (tokenizer.bottleneck(tokenizer.features(corpus.clip_of(part)))[1][0] for part in data.split(batch))
+    return torch.cat([p.to(torch.uint8) for p in parts])
+
+
+def coded(batch: int, recipes: dict[str, int] = CODED, tokenizer: str = "tok-q") -> Callable:
+    """Codes of 16 frames with their captions."""
+
+    def material(device):
+        tok = weights.load(tokenizer, device)
+        data, said = mixed(recipes, slice(0, 16), device, 48)  # films of three shots take many words
+        codes = codes_of(tok, data)
+
+        def batches(i):
+            rows = pick(i, len(codes), batch, 11).to(device)
+            return codes[rows].long(), said[rows]
+
+        return batches
+
+    return material
+
+
+def next_block(model, batch, generator) -> dict[str, Tensor]:
+    """Negative log-likelihood a token in nats; one caption in ten emptied."""
+    codes, said = batch
+    dropped = fit.uniform(len(codes), generator=generator) < 0.1
+    return {"nll": nll(model.predict(codes, Cond(text=said).drop(dropped)), codes).mean()}
+
+
+ASKED = {"base": 24576, "two": 12288, "many": 16384}
+EACH = 4  # questions that are kept of each scene
+
+
+def interviews(recipe: str, n: int, each: int = EACH) -> Tensor:
+    """`each` questions about every scene with their answers, as word numbers `n each 9`: 8 places and the answer last."""
+    name = f"questions-{recipe}-{n}x{each}-{text.VOCABULARY}"
+    return corpus.by_all_cores(name, (n, each, 9), _interview, [(recipe, i, each) for i in range(n)])
+
+
+def _interview(job) -> np.ndarray:
+    recipe, i, each = job
+    scene = world.draw(0, i, recipe)
+    said = [questions.ask(scene, number) for number in range(each)]
+    return torch.cat([text.tokens([q for q, _ in said], 8), text.tokens([a for _, a in said], 1)], 1).numpy()
+
+
+def asked(batch: int, recipes: dict[str, int] = ASKED) -> Callable:
+    """Clips of 16 frames, each with a few questions and their answers."""
+
+    def material(device):
+        data = torch.cat([torch.from_numpy(np.array(corpus.clips(r, n, 32, 17)[:, :, :16])) for r, n in recipes.items()])
+        said = torch.cat([interviews(r, n) for r, n in recipes.items()]).to(device)
+        data = data.to(device)
+
+        def batches(i):
+            rows = pick(i, len(data), batch, 13).to(device)
+            return corpus.clip_of(data[rows]), said[rows]
+
+        return batches
+
+    return material
+
+
+def answer_right(model, batch, generator) -> dict[str, Tensor]:
+    """Cross-entropy of the answers. The clip is watched once, then all its questions are asked."""
+    clip, said = batch
+    cache = Cache()
+    model.watch(clip, cache)
+    logits = torch.stack([model.answer(question, cache) for question in said[..., :8].unbind(1)], 1)
+    loss = F.cross_entropy(logits.flatten(0, 1), said[..., 8].flatten())
+    return {"loss": loss, "wrong": (logits.argmax(-1) != said[..., 8]).float().mean()}
+
+
+RECIPES = {
+    "codes": Recipe("tokens", dict(codes=256), coded(64), next_block, 6000, 2e-3, 64),
+    "qa": Recipe("answerer", {}, asked(128), answer_right, 6000, 1.5e-3, 128),
+}
