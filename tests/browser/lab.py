@@ -83,7 +83,7 @@ def browser(width: int = 1280, height: int = 1000):
     with sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = chromium.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(120_000)  # generous: a busy machine is slow, not broken
         page.problems = []
         page.on("pageerror", lambda error: page.problems.append(f"script error: {error}"))
         page.on("requestfailed", lambda request: note_failure(page, request))
