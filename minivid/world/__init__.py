@@ -2,7 +2,10 @@
 
 from .caption import STYLES, WORDS, attributes, caption, captions, chunk_caption, compose, event_captions, fields
 from .clips import CLIPS, PHOTOS, natural, natural_crops, pan, photograph
+from .defects import DEFECTS, corrupt, cut_words, degrade, wrong_words
+from .digits import Digits, digits, draw_digits, render_digits
 from .files import Video, VideoError, read_video, write_video
+from .quality import LIMITS, quality, reject
 from .render import batch, render
 from .scene import COLOURS, HELD_OUT, MOTIONS, RECIPES, SHAPES, SIZES, Body, Scene, draw, held_out, states, stream, vary
 from .truth import Truth, truth

@@ -55,7 +55,7 @@ def test_held_out_combinations_are_balanced():
 
 @pytest.mark.parametrize("recipe", ALL)
 def test_splits_keep_their_promise(recipe):
-    for i in range(60):
+    for i in range(30):
         for body in all_bodies(draw(1, i, recipe, "train")):
             assert not held_out(body.colour, body.shape, body.motion)
         first = draw(1, i, recipe, "held-out").bodies[0]
@@ -74,12 +74,12 @@ def test_train_scripts_never_show_a_held_out_move():
 
 
 def test_base_has_the_announced_shares():
-    scenes = [draw(0, i) for i in range(1500)]
+    scenes = [draw(0, i) for i in range(600)]
     share = np.mean([len(scene.bodies) == 1 for scene in scenes])
     still = np.mean([body.motion == "still" for scene in scenes for body in scene.bodies])
-    assert abs(share - 0.6) < 0.05 and abs(still - 0.1) < 0.03
+    assert abs(share - 0.6) < 0.06 and abs(still - 0.1) < 0.04
     colours = Counter(scene.bodies[0].colour for scene in scenes)
-    assert set(colours) == set(COLOURS) and min(colours.values()) > 150
+    assert set(colours) == set(COLOURS) and min(colours.values()) > 50
     assert {scene.background.tone for scene in scenes} == set(TONES)
     speeds = [body.speed for scene in scenes for body in scene.bodies if body.motion != "still"]
     assert 0.0119 < min(speeds) and max(speeds) < 0.0281
@@ -132,7 +132,7 @@ def differing(a, b):
 
 
 @given(st.integers(0, 10_000), st.sampled_from(VARIABLE))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_vary_changes_exactly_one_attribute(index, field):
     scene = draw(5, index, "base")
     if field == "speed" and scene.bodies[0].motion == "still":
@@ -238,9 +238,9 @@ def test_collisions_keep_momentum_and_energy_and_never_penetrate():
 @settings(max_examples=80, deadline=None)
 def test_hit_is_the_first_crossing(p, v, a):
     time = hit(p, v, a, 0.1, 0.9)
-    s = np.linspace(0, 200, 400_001)
+    s = np.linspace(0, 200, 40_001)
     outside = (p + v * s + 0.5 * a * s * s > 0.9) | (p + v * s + 0.5 * a * s * s < 0.1)
-    assert abs(s[outside.argmax()] - time) < 2e-3 or abs(min(p + v * s + 0.5 * a * s * s) - 0.1) < 1e-6
+    assert abs(s[outside.argmax()] - time) < 1e-2 or abs(min(p + v * s + 0.5 * a * s * s) - 0.1) < 1e-6
 
 
 def test_futures_branch_at_every_wall():
