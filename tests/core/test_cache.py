@@ -28,7 +28,8 @@ def play(model, x, t, cache, size=2):
     return torch.cat(out, 2)
 
 
-X, T = torch.randn(2, 3, 6, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([[0.0, 0, 0.2, 0.2, 0.7, 0.7]]).repeat(2, 1)
+X = torch.randn(2, 3, 6, 8, 8, generator=torch.Generator().manual_seed(1))
+T = torch.tensor([[0.0, 0, 0.2, 0.2, 0.7, 0.7]]).repeat(2, 1)
 
 
 def test_cached_is_the_full_block_causal_pass():

@@ -30,7 +30,8 @@ def test_a_block_depends_on_all_blocks_before_it_and_on_nothing_else(block):
     logits = model.predict(x, Cond()).flatten(2)
     for m in range(24 // block):
         (grad,) = torch.autograd.grad(logits[..., m * block : (m + 1) * block].sum(), kept["vectors"], retain_graph=True)
-        reached = grad.abs().sum((0, 2)) > 0  # by input place; the input at place i is the code at i - L, the first block is the start
+        # By input place. What is fed at place i is the code of cell i - L; the first block is fed the start vectors.
+        reached = grad.abs().sum((0, 2)) > 0
         assert not reached[:block].any() and not reached[(m + 1) * block :].any() and reached[block : (m + 1) * block].all()
 
 
