@@ -5,7 +5,8 @@ from .clips import CLIPS, PHOTOS, natural, natural_crops, pan, photograph
 from .defects import DEFECTS, corrupt, cut_words, degrade, wrong_words
 from .digits import Digits, digits, draw_digits, render_digits
 from .files import Video, VideoError, read_video, write_video
+from .parts import COLOURS, HELD_OUT, MOTIONS, SHAPES, SIZES, Body, Scene, held_out, states
 from .quality import LIMITS, quality, reject
 from .render import batch, render
-from .scene import COLOURS, HELD_OUT, MOTIONS, RECIPES, SHAPES, SIZES, Body, Scene, draw, held_out, states, stream, vary
+from .scene import RECIPES, draw, stream, vary
 from .truth import Truth, truth

@@ -74,7 +74,7 @@ def verb(motion: str, participle: bool = False) -> str:
 
 
 def name(body: Body, article: str = "a", full: bool = False) -> str:
-    """"a large red star"; `full` also says medium and the texture."""
+    """ "a large red star"; `full` also says medium and the texture."""
     size = body.size + " " if full or body.size != "medium" else ""
     texture = "" if body.texture.kind == "plain" else body.texture.kind + " "
     return f"{article} {size}{texture}{body.colour} {body.shape}"
@@ -241,7 +241,12 @@ def _atmosphere(scene: Scene) -> str:
 
 
 def _summary(scene: Scene) -> str:
-    parts = (short(scene), _on(scene) if _on(scene) not in short(scene) else "", _shot(scene), "the camera " + _CAMERA[scene.camera.word])
+    parts = (
+        short(scene),
+        _on(scene) if _on(scene) not in short(scene) else "",
+        _shot(scene),
+        "the camera " + _CAMERA[scene.camera.word],
+    )
     return " ".join(_words(*parts, f"{scene.light.word} light", _atmosphere(scene), "flat style", _theme(scene)).split()[:64])
 
 
@@ -263,10 +268,11 @@ def captions(scene: Scene, frames: int, chunk: int = 4) -> list[tuple[int, int, 
 def event_captions(scene: Scene) -> list[tuple[float, float, str]]:
     """(start, stop, text) of every event that captions speak of, in order."""
     told = [event for event in scene.events if event.kind not in ("contact", "hide")]
-    return [
-        (event.start, event.stop, phrase(event) if event.kind == "camera" else _words(name(scene.bodies[event.body], "the"), phrase(event)))
-        for event in told
-    ]  # fmt: skip
+
+    def text(event: Event) -> str:
+        return phrase(event) if event.kind == "camera" else _words(name(scene.bodies[event.body], "the"), phrase(event))
+
+    return [(event.start, event.stop, text(event)) for event in told]
 
 
 def chunk_caption(scene: Scene, start: int, chunk: int = 4) -> str:
@@ -338,7 +344,12 @@ def attributes(scene: Scene) -> Float[Tensor, "d"]:
         for term in terms:
             bag[_INDEX[term]] += 1
     ground = scene.background
-    for term in (f"ground {ground.texture.kind}", f"ground {ground.tone}", f"camera {scene.camera.word}", f"light {scene.light.word}"):
+    for term in (
+        f"ground {ground.texture.kind}",
+        f"ground {ground.tone}",
+        f"camera {scene.camera.word}",
+        f"light {scene.light.word}",
+    ):
         bag[_INDEX[term]] += 0.5
     return bag / bag.norm()
 

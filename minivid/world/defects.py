@@ -1,8 +1,8 @@
 """What goes wrong with clips and captions, on purpose: every spoilt clip comes with a record of what was done to it.
 
-`corrupt` makes one named defect. `degrade` is the chain of restoration papers - blur, shrink, noise, block quantisation - with one
-draw of parameters per clip, not per frame. Level 0 returns the clip unchanged. No codec is involved: the quantiser is our own 8 x 8
-cosine transform.
+`corrupt` makes one named defect. `degrade` is the chain of restoration papers - blur, shrink, noise, block quantisation - with
+one draw of parameters per clip, not per frame. Level 0 returns the clip unchanged. No codec is involved: the quantiser is our
+own 8 x 8 cosine transform.
 """
 
 import math
@@ -32,7 +32,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Chain:
-    """The hidden parameters of a degraded clip: blur (px, along and across, angle), shrink factor, noise (of 0 ... 1), DCT step."""
+    """The hidden parameters of a degraded clip: blur (px along and across an angle), shrink factor, noise, DCT step."""
 
     level: float
     along: float
@@ -205,10 +205,10 @@ def _inverted(clip, level, rng, other):
 
 
 _DEFECTS: dict[str, Callable] = {
-    "static": _static, "frozen": _frozen, "shuffle": _shuffle, "flicker": _flicker, "cut": _cut, "fade": _fade, "teleport": _teleport,
-    "jitter": _jitter, "cast": _cast, "blur": _blur, "noise": _grain, "blocks": _blocks, "bars": _bars, "over": _over, "under": _under,
-    "grey": _grey, "nearest": _nearest, "overlay": _overlay, "duplicate": _duplicate, "constant": _constant, "random": _random,
-    "inverted": _inverted,
+    "static": _static, "frozen": _frozen, "shuffle": _shuffle, "flicker": _flicker, "cut": _cut, "fade": _fade,
+    "teleport": _teleport, "jitter": _jitter, "cast": _cast, "blur": _blur, "noise": _grain, "blocks": _blocks, "bars": _bars,
+    "over": _over, "under": _under, "grey": _grey, "nearest": _nearest, "overlay": _overlay, "duplicate": _duplicate,
+    "constant": _constant, "random": _random, "inverted": _inverted,
 }  # fmt: skip
 DEFECTS = tuple(_DEFECTS)
 
@@ -230,7 +230,7 @@ def draw_chain(level: float = 1.0, seed: int = 0, watermark: bool = False) -> Ch
 def degrade(
     clip: Float[Tensor, "c f h w"], level: float = 1.0, seed: int = 0, watermark: bool = False
 ) -> tuple[Float[Tensor, "c f h w"], Chain]:
-    """Blur, shrink, noise, block quantisation, enlarge again (bicubic), watermark bar: the clip at its own size, and the chain."""
+    """Blur, shrink, noise, block quantisation, enlarge again (bicubic), watermark: the clip at its own size, and the chain."""
     chain = draw_chain(level, seed, watermark)
     if level == 0 and not watermark:
         return clip.clone(), chain
@@ -256,14 +256,16 @@ def apply_chain(clip: Float[Tensor, "c f h w"], chain: Chain, seed: int = 0) -> 
 
 
 def watermark_bar(h: int, w: int) -> Float[Tensor, "h w"]:
-    """Where the watermark lies: a bar at the lower right, with gaps like letters. Correlate clips with it to find the mark again."""
+    """Where the watermark lies: a bar at the lower right with gaps like letters; correlate clips with it to find it."""
     mask = torch.zeros(h, w)
     mask[h - h // 6 : h - h // 16, w // 2 : w - w // 16] = 1
     mask[:, w // 2 :: max(3, w // 16)] = 0
     return mask
 
 
-def blur(clip: Float[Tensor, "c f h w"], along: float, across: float | None = None, angle: float = 0.0) -> Float[Tensor, "c f h w"]:
+def blur(
+    clip: Float[Tensor, "c f h w"], along: float, across: float | None = None, angle: float = 0.0
+) -> Float[Tensor, "c f h w"]:
     """Gaussian blur with standard deviations `along` and `across` (px) of the axis at `angle`; edges are repeated."""
     across = along if across is None else across
     reach = max(1, math.ceil(3 * max(along, across)))
@@ -300,7 +302,7 @@ def quantise(clip: Float[Tensor, "c f h w"], step: float) -> Float[Tensor, "c f 
 
 
 def wrong_words(text: str, rate: float, seed: int = 0) -> tuple[str, int]:
-    """Each word becomes another word of its kind (colour for colour, shape for shape, ...) with probability `rate`; the text and how many did.
+    """Replace each word by another of its kind (colour for colour, ...) with probability `rate`: the text and how many changed.
 
     Words of no kind stay, so that a wrong caption still reads like a caption.
     """
@@ -316,7 +318,8 @@ def wrong_words(text: str, rate: float, seed: int = 0) -> tuple[str, int]:
 
 
 _KINDS = (
-    ("red", "green", "blue", "yellow", "magenta", "cyan"), ("circle", "square", "triangle", "star"), ("left", "right", "up", "down"),
+    ("red", "green", "blue", "yellow", "magenta", "cyan"), ("circle", "square", "triangle", "star"),
+    ("left", "right", "up", "down"),
     ("small", "medium", "large"), ("dark", "grey", "light", "brown", "slate", "cream"), ("striped", "checked", "dotted", "plain"),
 )  # fmt: skip
 assert all(word in WORDS for kind in _KINDS for word in kind)

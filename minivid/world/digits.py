@@ -1,7 +1,8 @@
 """Moving digits: one or two handwritten digits that bounce, by mirror law or by chance. Class and path are known.
 
-The digits are scikit-learn's 1,797 scans of 8 x 8 pixels (UCI, "Optical recognition of handwritten digits"), enlarged to 16 x 16 and
-split by scan: the first 1,437 for training, the other 360 held out. They are white on black and where two meet the brighter shows.
+The digits are scikit-learn's 1,797 scans of 8 x 8 pixels (UCI, "Optical recognition of handwritten digits"), enlarged to 16 x 16
+and split by scan: the first 1,437 for training, the other 360 held out. They are white on black; where two meet, the brighter
+shows.
 """
 
 import math
@@ -97,7 +98,9 @@ def _path(rng: np.random.Generator, stochastic: bool, frames: int) -> tuple[Leg,
 def render_digits(clips: list[Digits], size: int = 32, frames: int = 16, start: int = 0) -> Float[Tensor, "b c f h w"]:
     """Clips in [-1, 1] (three equal channels), sub-pixel by bilinear interpolation."""
     if size < 8 or frames < 1 or start < 0 or not clips:
-        raise ValueError(f"Expected size >= 8, frames >= 1, start >= 0 and a clip, got {size}, {frames}, {start}, {len(clips)} clips.")
+        raise ValueError(
+            f"Expected size >= 8, frames >= 1, start >= 0 and a clip, got {size}, {frames}, {start}, {len(clips)} clips."
+        )
     images = scans()[0]
     canvas = torch.zeros(len(clips), frames, size, size)
     step = (torch.arange(size) + 0.5) / size

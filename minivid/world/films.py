@@ -51,7 +51,7 @@ _AT_ONCE = ("appear", "return", "leave", "recolour")
 def _act(
     rng: np.random.Generator, leg: Leg, who: tuple[list[str], int, str, bool], when: tuple[float, float], split: str
 ) -> tuple[str, str, list[Leg]]:
-    """What a body does next: the event's kind and word, and the legs that carry it out. `who`: all colours, its number, shape, met."""
+    """What a body does next: the event's kind and word, and its legs. `who`: all colours, its number, shape, met."""
     (colours, k, shape, met), (start, stop) = who, when
     length = stop - start
     rest = later(leg, start)._replace(vx=0.0, vy=0.0, grow=0.0, spin=0.0)

@@ -10,7 +10,7 @@ Units: lengths in sides of the frame (x right, y down, the centre of the frame i
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class Leg(NamedTuple):
 
 @dataclass(frozen=True)
 class Texture:
-    """A pattern in sides: `period` of its cells, `angle`, `phase` (shift in cells, drawn per video), `value` (noise seed or digit)."""
+    """A pattern: `period` of its cells (sides), `angle`, `phase` (shift in cells), `value` (noise seed or digit)."""
 
     kind: str = "plain"
     period: float = 0.12
@@ -115,7 +115,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Camera:
-    """`word` is still, left, right, up, down (pan), in, out (zoom) or shake. Pan in sides per frame, `zoom` is the log-gain per frame.
+    """`word` is still, left, right, up, down (pan), in, out (zoom) or shake. Pans in sides, `zoom` in log-gain per frame.
 
     It moves between the frames `start` and `stop` and rests before and after.
     """
@@ -204,7 +204,10 @@ class Scene:
 
 @dataclass(frozen=True)
 class Cut:
-    """From frame `start` on, `shot` is on screen; it fades in over the `fade` frames before (0 = a hard cut). `name` tells repeats."""
+    """From frame `start` on, `shot` is on screen; it fades in over the `fade` frames before (0: a hard cut).
+
+    Cuts with the same `name` show the same shot.
+    """
 
     start: int
     shot: Scene
@@ -237,7 +240,7 @@ def states(bodies: Sequence[Body], times: np.ndarray) -> State:
     else:
         which = (legs[:, :, 0, None] <= times[:, None]).sum(1) - 1
         now = legs[np.arange(len(bodies))[:, None], which.clip(min=0)]
-    leg = Leg(*np.moveaxis(now, -1, 0))
+    leg: Any = Leg(*np.moveaxis(now, -1, 0))  # every field an array
     s = times - leg.start
     x, vx = _fold(leg.x + leg.vx * s + 0.5 * leg.ax * s * s, leg.vx + leg.ax * s, leg.walls)
     y, vy = _fold(leg.y + leg.vy * s + 0.5 * leg.ay * s * s, leg.vy + leg.ay * s, leg.walls)

@@ -120,9 +120,9 @@ def collide(rng: np.random.Generator, split: str, seed: int, index: int) -> dict
             discs.append(body(colour, "circle", "small", motion, x=x, y=y, vx=speed * math.cos(turn), vy=speed * math.sin(turn)))
         if (meet(discs[0].legs[0], discs[1].legs[0], 2 * EXTENT["circle"][0] * SIZES["small"]) < 15) != wanted:
             continue
-        bodies, events = simulate(tuple(discs), laws)
-        early = [event.word for event in events if event.start < 16]
+        early = [event.word for event in simulate(tuple(discs), laws, last=16)[1]]
         if early == ["other"] or (not wanted and not early):  # no wall spoils the question
+            bodies, events = simulate(tuple(discs), laws)
             return {"bodies": bodies, "events": events, "physics": laws, "background": background(rng, plain=0.8)}
 
 
@@ -165,11 +165,15 @@ def bridge(rng: np.random.Generator, split: str, seed: int, index: int) -> dict:
         v0, v1 = 2 * (middle - ends[0]) / first - pass_by, 2 * (ends[1] - middle) / second - pass_by
         a0, a1 = (pass_by - v0) / first, (v1 - pass_by) / second
         s = np.linspace(0, 1, 9)[:, None]
-        path = np.concatenate([ends[0] + v0 * s * first + a0 * (s * first) ** 2 / 2, middle + pass_by * s * second + a1 * (s * second) ** 2 / 2])
+        path = np.concatenate(
+            [ends[0] + v0 * s * first + a0 * (s * first) ** 2 / 2, middle + pass_by * s * second + a1 * (s * second) ** 2 / 2]
+        )
         if path.min() > margin - 0.01 and path.max() < 1.01 - margin and max(np.hypot(*v0), np.hypot(*v1)) < 0.1:
             break
     one = body(colour, shape, size, "curves")
-    begin, turn, rest = ((*place, *v, *a) for place, v, a in ((ends[0], v0, a0), (middle, pass_by, a1), (ends[1], (0, 0), (0, 0))))
+    begin, turn, rest = (
+        (*place, *v, *a) for place, v, a in ((ends[0], v0, a0), (middle, pass_by, a1), (ends[1], (0, 0), (0, 0)))
+    )
     names = ("x", "y", "vx", "vy", "ax", "ay")
     legs = tuple(
         one.legs[0]._replace(start=start, **{n: float(v) for n, v in zip(names, values, strict=True)})

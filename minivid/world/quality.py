@@ -1,7 +1,8 @@
 """Statistics that tell good clips from bad ones without a network, and the limits beyond which a clip is thrown out.
 
-Measured on pixels in [0, 1]; the limits are meant for 64 x 64 and were set on clean and spoilt clips of this world. Every statistic is
-a few lines, because the lesson is what each one can and cannot see.
+Measured on pixels in [0, 1]; the limits are meant for 64 x 64 and were set on clean and spoilt clips of this world. Every
+statistic is a few lines, because the lesson is what each one can and cannot see: none of them sees a teleport, shuffled frames
+or enlarged pixels, and "change" throws out honest clips in which nothing moves.
 """
 
 import math
@@ -134,7 +135,9 @@ def block_motion(
     Ties go to the shortest vector, so that a uniform block stands still.
     """
     c, h, w = one.shape
-    shifts = sorted(((y, x) for y in range(-reach, reach + 1) for x in range(-reach, reach + 1)), key=lambda s: s[0] ** 2 + s[1] ** 2)
+    shifts = sorted(
+        ((y, x) for y in range(-reach, reach + 1) for x in range(-reach, reach + 1)), key=lambda s: s[0] ** 2 + s[1] ** 2
+    )
     wide = torch.nn.functional.pad(two[None], (reach,) * 4, mode="replicate")[0]
     errors = torch.stack(
         [

@@ -239,7 +239,7 @@ def _stamp(flat: Tensor, bodies: Sequence[Body], rows: np.ndarray, size: int, ti
         px = (((column + 0.5) / size - 0.5) / zoom[:, None] + (0.5 + dx - x)[:, None]).float()[:, None, :]
         py = (((row + 0.5) / size - 0.5) / zoom[:, None] + (0.5 + dy - y)[:, None]).float()[:, :, None]
         cover, paint = look(
-            [bodies[i] for i in item], px, py, radius.float(), angle.float(), colour.float(), (zoom * size).float()
+            [bodies[i] for i in item.tolist()], px, py, radius.float(), angle.float(), colour.float(), (zoom * size).float()
         )
         frame_row = torch.from_numpy(rows[item] * times.shape[1] + frame)[:, None] * size + row
         where = (frame_row[:, :, None] * size + column[:, None, :]).view(-1)
@@ -263,6 +263,12 @@ def look(
         for kind in set(kinds) - {"plain"}:
             at = [i for i, k in enumerate(kinds) if k == kind]
             k = scale[at][:, None, None]
-            mix = pattern(kind, x.expand_as(cover)[at] * k, y.expand_as(cover)[at] * k, [bodies[i].texture for i in at], sharp[at][:, None, None] / k)
+            mix = pattern(
+                kind,
+                x.expand_as(cover)[at] * k,
+                y.expand_as(cover)[at] * k,
+                [bodies[i].texture for i in at],
+                sharp[at][:, None, None] / k,
+            )
             paint[at] *= 1 - 0.5 * mix[..., None]
     return cover, paint

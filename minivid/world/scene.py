@@ -5,11 +5,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from .parts import (
-    ALL_MOTIONS, COLOURS, DIAGONALS, DIRECTIONS, HELD_OUT, MOTIONS, SHAPES, SIZES, TEXTURES, TONES,
-    Background, Body, Camera, Cut, Event, Leg, Light, Occluder, Physics, Scene, State, Texture, held_out, source, states,
-)  # fmt: skip
 from .films import FILMS
+from .parts import (
+    COLOURS,
+    DIAGONALS,
+    DIRECTIONS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    TONES,
+    Body,
+    Scene,
+    source,
+    states,
+)  # fmt: skip
 from .physics import PHYSICAL
 from .recipes import CAMERAS, LIGHTS, SIMPLE, SPLITS, pick
 
@@ -43,14 +53,16 @@ VARIABLE = ("colour", "shape", "size", "motion", "speed", "place", "texture", "t
 def vary(scene: Scene, field: str, seed: int = 0, index: int = 0, value: str | None = None) -> Scene:
     """The scene with exactly one attribute changed, to `value` or else to one chosen by `seed`.
 
-    `field` is one of VARIABLE: of body number `index` its colour (to one that no other body has), shape, size, motion (of a straight
-    mover: it starts from the same place, so frame 0 stays equal; chosen among the motions that stay in the frame), speed, place
-    or texture; or of the scene its background tone, ground texture, light or camera. Held-out combinations may result.
+    `field` is one of VARIABLE: of body number `index` its colour (to one that no other body has), shape, size, motion (of a
+    straight mover: it starts from the same place, so frame 0 stays equal, and stays in the frame if it can), speed, place or
+    texture; or of the scene its background tone, ground texture, light or camera. Held-out combinations may result.
     """
     if field not in VARIABLE:
         raise ValueError(f"Unknown field {field!r}. Use one of: {', '.join(VARIABLE)}.")
     if scene.cuts:
-        raise ValueError("A film with cuts has no single attribute to vary. Vary one of its shots: vary(scene.cuts[0].shot, ...).")
+        raise ValueError(
+            "A film with cuts has no single attribute to vary. Vary one of its shots: vary(scene.cuts[0].shot, ...)."
+        )
     if not 0 <= index < len(scene.bodies):
         raise ValueError(f"Expected a body number below {len(scene.bodies)}, got {index}.")
     rng = source(seed, "vary", field)
@@ -61,7 +73,9 @@ def vary(scene: Scene, field: str, seed: int = 0, index: int = 0, value: str | N
     return replace(scene, bodies=tuple(changed if i == index else body for i, body in enumerate(scene.bodies)))
 
 
-def _choose(what: str, options: Sequence[str], old: str, rng: np.random.Generator, value: str | None, free: Sequence[str] = ()) -> str:
+def _choose(
+    what: str, options: Sequence[str], old: str, rng: np.random.Generator, value: str | None, free: Sequence[str] = ()
+) -> str:
     """`value` if it is allowed, else one of `free` (by default of all `options`) that differs from `old`."""
     if value is not None and value not in options:
         raise ValueError(f"Unknown {what} {value!r}. Use one of: {', '.join(options)}.")
@@ -95,7 +109,9 @@ def _size(body: Body, others: list[Body], rng: np.random.Generator, value: str |
 def _motion(body: Body, others: list[Body], rng: np.random.Generator, value: str | None) -> Body:
     ways = DIRECTIONS | DIAGONALS
     if body.motion not in ways or len(body.legs) > 1:
-        raise ValueError(f"The motion of a body that {body.motion!r} describes can't be varied. Use a straight mover, as in base.")
+        raise ValueError(
+            f"The motion of a body that {body.motion!r} describes can't be varied. Use a straight mover, as in base."
+        )
     leg, margin, speed = body.legs[0], body.reach, body.speed or 0.02
     free = [
         m for m in MOTIONS

@@ -18,7 +18,7 @@ from .render import bar, camera, clock, distance, ground, lighting, look, screen
 
 @dataclass(frozen=True)
 class Truth:
-    """Ground truth of one clip with k bodies, f frames and n tracked points; "seen" arrays say where the vectors mean something."""
+    """Ground truth of one clip: k bodies, f frames, n tracked points. "seen" arrays say where the vectors mean something."""
 
     bodies: tuple[Body, ...]
     centres: Float[Tensor, "k f xy"]  # px
@@ -125,7 +125,9 @@ def _centres(scene: Scene, times: np.ndarray, size: int) -> np.ndarray:
     return size * np.stack([(state.x - 0.5 - dx) * zoom + 0.5, (state.y - 0.5 - dy) * zoom + 0.5], -1)
 
 
-def _surface(scene: Scene, x: np.ndarray, y: np.ndarray, times: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _surface(
+    scene: Scene, x: np.ndarray, y: np.ndarray, times: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The nearest surface at screen points x, y (f x ..., px) and the points' world coordinates."""
     dx, dy, zoom = _lens(scene, times, x.ndim)
     x, y = (x / size - 0.5) / zoom + 0.5 + dx, (y / size - 0.5) / zoom + 0.5 + dy

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from minivid.world.caption import (
-    ATTRIBUTES, FIELDS, STYLES, WORDS, attributes, caption, captions, chunk_caption, compose, event_captions, fields,
+    ATTRIBUTES,
+    FIELDS,
+    STYLES,
+    WORDS,
+    attributes,
+    caption,
+    captions,
+    chunk_caption,
+    compose,
+    event_captions,
+    fields,
 )  # fmt: skip
 from minivid.world.parts import ALL_MOTIONS, COLOURS, SHAPES, SIZES
 from minivid.world.scene import RECIPES, VARIABLE, draw, vary

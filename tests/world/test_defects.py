@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from scipy.fft import dctn
 
 from minivid.world.defects import (
-    DEFECTS, apply_chain, blur, corrupt, cosine_basis, cut_words, degrade, draw_chain, quantise, watermark_bar, wrong_words,
+    DEFECTS,
+    apply_chain,
+    blur,
+    corrupt,
+    cosine_basis,
+    cut_words,
+    degrade,
+    draw_chain,
+    quantise,
+    watermark_bar,
+    wrong_words,
 )  # fmt: skip
 from minivid.world.quality import LIMITS, block_motion, cut_frames, detail, difference_hash, duplicate, noise, quality, reject
 from minivid.world.render import batch, render
@@ -47,7 +57,6 @@ def test_defects_are_what_they_say(clips):
 
     assert torch.equal(at("static"), clip[:, :1].expand_as(clip))
     assert not torch.equal(at("shuffle"), clip)
-    assert torch.equal(at("shuffle").sum(1).sort().values, at("shuffle").sum(1).sort().values)
     frames = {tuple(frame.flatten().tolist()) for frame in at("shuffle").transpose(0, 1)}
     assert frames == {tuple(frame.flatten().tolist()) for frame in clip.transpose(0, 1)}
     cut, record = corrupt(clip, "cut", 1.0, 3, other)
@@ -83,7 +92,10 @@ def test_chains_are_one_draw_per_clip(seed, level):
 
 
 def test_degradation_grows_with_its_level(clips):
-    losses = [np.mean([float((degrade(c, level, i)[0] - c).square().mean()) for i, c in enumerate(clips)]) for level in (0.0, 0.2, 0.5, 1.0)]
+    losses = [
+        np.mean([float((degrade(c, level, i)[0] - c).square().mean()) for i, c in enumerate(clips)])
+        for level in (0.0, 0.2, 0.5, 1.0)
+    ]
     assert losses[0] == 0 and losses == sorted(losses) and losses[3] > 3 * losses[1]
     marked = degrade(clips[0], 0.0, 0, watermark=True)[0] - clips[0]
     bar = watermark_bar(64, 64)

@@ -66,7 +66,12 @@ def test_the_drawn_body_is_where_it_should_be(shape, x, y, radius, angle, size):
     spot = torch.arange(size) + 0.5
     centre = torch.stack([(light * spot).sum(), (light * spot[:, None]).sum()]) / light.sum()
     assert (centre / size * 32 - torch.tensor([x, y]) * 32).norm() < 0.15  # px at 32
-    area = {"circle": np.pi * 0.93**2, "square": 4 * 0.9**2, "triangle": 0.75 * 3**0.5 * 1.25**2, "star": 5 * 1.22 * 0.56 * np.sin(np.pi / 5)}
+    area = {
+        "circle": np.pi * 0.93**2,
+        "square": 4 * 0.9**2,
+        "triangle": 0.75 * 3**0.5 * 1.25**2,
+        "star": 5 * 1.22 * 0.56 * np.sin(np.pi / 5),
+    }
     assert float(light.sum()) / size**2 == pytest.approx(area[shape] * radius**2, rel=0.05)
 
 
@@ -122,7 +127,9 @@ def fading(scene, frames):
     return out
 
 
-@pytest.mark.parametrize("recipe", ["base", "textured", "camera", "varied", "script", "gravity", "collide", "recurrent", "occluded"])
+@pytest.mark.parametrize(
+    "recipe", ["base", "textured", "camera", "varied", "script", "gravity", "collide", "recurrent", "occluded"]
+)
 def test_warping_by_the_exact_flow_gives_the_neighbour_frame(recipe):
     worst, still = [], []
     for i in range(8):

@@ -112,7 +112,11 @@ def differing(a, b):
     for name in ("seed", "recipe", "events", "physics", "occluder", "cuts", "period", "told", "camera", "light"):
         out |= {name} if getattr(a, name) != getattr(b, name) else set()
     ground_a, ground_b = a.background, b.background
-    out |= {"tone"} if (ground_a.tone, ground_a.first, ground_a.second) != (ground_b.tone, ground_b.first, ground_b.second) else set()
+    out |= (
+        {"tone"}
+        if (ground_a.tone, ground_a.first, ground_a.second) != (ground_b.tone, ground_b.first, ground_b.second)
+        else set()
+    )
     out |= {"ground"} if ground_a.texture != ground_b.texture else set()
     assert len(a.bodies) == len(b.bodies)
     for one, two in zip(a.bodies, b.bodies, strict=True):
