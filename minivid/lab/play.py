@@ -177,7 +177,7 @@ def _beside(stills: Sequence[tuple[str, Picture]], text: str) -> Picture:
 
 
 def upload(render: Callable[[Tensor], Picture], sample: Tensor, *, size: int = 64, frames: int = 17) -> Display:
-    """A button that takes the reader's own video: the clip read from it goes through `render`, as `sample` does first.
+    """A button that takes the reader's own video: the clip read from it goes through `render`, as `sample` does below it.
 
     render  function of a clip `3 f h w` in [-1, 1] to a Picture
     size, frames  what the video is read as: a centred square of `size` pixels, the first `frames` frames
@@ -190,8 +190,8 @@ def upload(render: Callable[[Tensor], Picture], sample: Tensor, *, size: int = 6
 
     first = render(sample)
     button = W.FileUpload(accept="video/*", multiple=False, description="your video")
-    image = W.Image(value=first.png, format="png", layout=W.Layout(width=f"{first.width}px"))
-    caption = W.Label(first.alt)
+    caption = W.Label("Choose a video file: what is made of it appears here. Below: a sample.")
+    box = W.VBox([button, caption])  # the sample stands under it as the still, so there is no live picture yet
 
     def take(change: Any) -> None:
         if not change["new"]:
@@ -205,11 +205,12 @@ def upload(render: Callable[[Tensor], Picture], sample: Tensor, *, size: int = 6
             except (VideoError, ValueError, OSError) as error:
                 caption.value = f"This file could not be used: {str(error).replace(str(path), path.name)}"
                 return
-        image.value, caption.value = now.png, now.alt
-        image.layout.width = f"{now.width}px"
+        caption.value = now.alt
+        image = W.Image(value=now.png, format="png", layout=W.Layout(width=f"{now.width}px"))
+        box.children = [button, image, caption]
 
     button.observe(take, names="value")
-    return Display(W.VBox([button, image, caption]), first, "upload a video")
+    return Display(box, first, "upload a video")
 
 
 # --- an attention map to walk through ---------------------------------------------------------------------------------
