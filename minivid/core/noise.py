@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import fit
+
 Coefficient = Callable[[Tensor], Tensor]
 
 
@@ -87,9 +89,9 @@ def bridge(end: Tensor, sigma: float = 1.0) -> Path:
 def logit_normal(b: int, f: int, generator: torch.Generator, shift: float = 1.0) -> Float[Tensor, "b f"]:
     """Training times, one a clip and the same in all frames: sigmoid of a normal, so the middle is seen most.
 
-    shift > 1 moves them towards noise (Esser et al. 2024, eq. 23): clips of many redundant tokens need more noise to be destroyed.
+    shift > 1 moves them towards noise (Esser et al. 2024, eq. 23): redundant tokens need more noise to be destroyed.
     """
-    t = torch.randn(b, 1, generator=generator, device=generator.device).sigmoid()
+    t = fit.normal(b, 1, generator=generator).sigmoid()
     return (shift * t / (1 + (shift - 1) * t)).expand(b, f)
 
 

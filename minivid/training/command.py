@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..core import fit, weights
-from ..core.zoo import BUILDERS
 from . import generators, tokenizers, tokens
 from .recipe import Recipe
 
@@ -60,7 +59,7 @@ def train(name: str, steps: int | None = None, seed: int = 0, device: str | None
     steps, title = steps or recipe.steps, f"{name}-{seed}" if seed else name
     torch.manual_seed(seed)  # only the initial values come from it
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    model = weights.load(recipe.start) if recipe.start else BUILDERS[recipe.kind](**recipe.settings)
+    model = weights.load(recipe.start) if recipe.start else weights.build(recipe.kind, recipe.settings)
     model = model.requires_grad_(True).train().to(device)
     state = fit.State({"model": model, "opt": optimiser(model, recipe), "ema": fit.Ema(model)})
     path = Path(os.environ.get("MINIVID_RUNS", "runs")) / f"{title}.safetensors"

@@ -39,8 +39,7 @@ def generate_loss(shift: float = 1.0) -> Callable:
         latent, words = batch
         b, _, f = latent.shape[:3]
         dropped = fit.uniform(b, generator=generator) < 0.1
-        t = fit.normal(b, 1, generator=generator).sigmoid()
-        t = (shift * t / (1 + (shift - 1) * t)).expand(b, f)
+        t = noise.logit_normal(b, f, generator, shift)
         eps = fit.normal(*latent.shape, generator=generator)
         return {"loss": noise.loss(model, noise.flow(), latent, t, Cond(text=words).drop(dropped), eps).mean()}
 

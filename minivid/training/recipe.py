@@ -11,7 +11,7 @@ from torch import Tensor
 class Recipe:
     """How one file of shipped weights is made.
 
-    kind, settings: what the model is (see core/zoo.py)
+    kind, settings: what the model is (see weights.build)
     material:       `material(device) -> batches`, where `batches(i)` is the batch of step i
     objective:      `objective(model, batch, generator) -> {name: loss}`; the first is minimised
     steps, batch, lr: length, clips a step, peak learning rate (warm-up, then cosine to 0)

@@ -38,7 +38,7 @@ def clip_material(batch: int, frames: int, every: int | None = None) -> Callable
                 if every:
                     chosen = chosen[:, :, torch.randint(frames, (every,), generator=dice).to(device)]
                 out.append(corpus.clip_of(chosen))
-            return torch.cat(out)
+            return torch.cat(out)[torch.randperm(batch, generator=dice)]  # every process gets of everything
 
         return batches
 
@@ -51,7 +51,7 @@ def reconstruct(model, clip: Tensor, generator) -> dict[str, Tensor]:
     error = back - clip
     edges = sum((error.diff(dim=d)).abs().mean() for d in (-1, -2))
     parts = {"l1": error.abs().mean(), "mse": error.square().mean(), "edges": edges, **extra}
-    total = parts["l1"] + 4 * parts["mse"] + 0.5 * edges + sum(extra.values())
+    total = parts["l1"] + 10 * parts["mse"] + 0.3 * edges + sum(extra.values())
     return {"loss": total, "mse": parts["mse"]}
 
 
@@ -60,7 +60,7 @@ def labelled(batch: int, n: int = 8192) -> Callable:
 
     def material(device):
         clips = torch.from_numpy(np.array(corpus.clips("base", n, 32, 17))).to(device)
-        labels = torch.stack([_answers(s) for s in corpus.scenes("base", n)]).to(device)
+        labels = torch.stack([answers(s) for s in corpus.scenes("base", n)]).to(device)
 
         def batches(i):
             rows = pick(i, n, batch, 5).to(device)
@@ -71,7 +71,7 @@ def labelled(batch: int, n: int = 8192) -> Callable:
     return material
 
 
-def _answers(scene) -> Tensor:
+def answers(scene) -> Tensor:
     """One row a colour: presence, shape number, velocity x and y in sides per 16 frames."""
     rows = torch.zeros(len(world.COLOURS), 4)
     for body in scene.bodies:
@@ -98,7 +98,7 @@ TOK_F = dict(channels=4, time_stride=1)
 TOK_Q = dict(channels=4, time_stride=1, levels=[4, 4, 4, 4], noise=0.0)
 
 RECIPES = {
-    "tok-v": Recipe("tokenizer", TOK_V, clip_material(16, 17), reconstruct, 5000, 2e-3, 16),
+    "tok-v": Recipe("tokenizer", TOK_V, clip_material(16, 17), reconstruct, 10000, 2e-3, 16),
     "tok-f": Recipe("tokenizer", TOK_F, clip_material(16, 17, every=4), reconstruct, 5000, 2e-3, 16),
     "tok-q": Recipe("tokenizer", TOK_Q, clip_material(16, 17, every=4), reconstruct, 5000, 2e-3, 16),
     "feat-a": Recipe("features", dict(time=1), labelled(32), recognise, 2500, 2e-3, 32),

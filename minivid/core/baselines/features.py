@@ -9,7 +9,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..world import COLOURS, SHAPES
+from ...world import COLOURS, SHAPES
 
 ANSWERS = len(COLOURS) * (1 + len(SHAPES) + 2)  # there?, which shape, velocity (x, y)
 
