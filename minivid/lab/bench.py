@@ -54,8 +54,7 @@ def _imports() -> Speed:
 def _first_picture() -> Speed:
     """A new interpreter up to the bytes of the first clip: what the start notebook's first picture needs."""
     code = (
-        "from minivid.lab import show; from minivid.world import draw, render;"
-        "show.clip(render(draw(0, 0)))._repr_mimebundle_()"
+        "from minivid.lab import show; from minivid.world import draw, render;show.clip(render(draw(0, 0)))._repr_mimebundle_()"
     )
     return Speed("first picture from a cold start", _median(lambda: _fresh(code), 3), "s", 15.0)
 

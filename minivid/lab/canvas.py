@@ -106,9 +106,7 @@ def rgb(name: str) -> np.ndarray:
     return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)], np.uint8)
 
 
-def checked(
-    x: Tensor | np.ndarray, axes: str, what: str, low: float | None = None, high: float | None = None
-) -> np.ndarray:
+def checked(x: Tensor | np.ndarray, axes: str, what: str, low: float | None = None, high: float | None = None) -> np.ndarray:
     """`x` as a float32 array with the given axes ('c f h w'), finite, within [low, high] up to a twentieth.
 
     Raises TypeError for something that is no tensor, ValueError for a wrong number of axes, NaN or the wrong range.

@@ -205,9 +205,13 @@ def overall(verdicts: Sequence[str]) -> str:
     return NOT if all(v == NOT for v in verdicts) else PARTLY
 
 
-def load(slug: str, folder: Path = FOLDER) -> Claims:
-    """The `CLAIMS` object of `<folder>/<slug>.py`. Raises ClaimError where there is none."""
-    file = Path(folder) / f"{slug.replace('-', '_')}.py"
+def _file(slug: str, folder: Path | None) -> Path:
+    return (folder or FOLDER) / f"{slug.replace('-', '_')}.py"
+
+
+def load(slug: str, folder: Path | None = None) -> Claims:
+    """The `CLAIMS` object of `<folder>/<slug>.py` (by default minivid/claims). Raises ClaimError where there is none."""
+    file = _file(slug, folder)
     if not file.exists():
         known = ", ".join(slugs(folder)) or "none yet"
         raise ClaimError(f"no claim is written for {slug!r}: {file} does not exist (there are: {known}).")
@@ -224,27 +228,27 @@ def load(slug: str, folder: Path = FOLDER) -> Claims:
     return claims
 
 
-def slugs(folder: Path = FOLDER) -> list[str]:
+def slugs(folder: Path | None = None) -> list[str]:
     """Every slug that has a claim's file."""
-    return sorted(p.stem.replace("_", "-") for p in Path(folder).glob("*.py") if p.stem != "__init__")
+    return sorted(p.stem.replace("_", "-") for p in (folder or FOLDER).glob("*.py") if p.stem != "__init__")
 
 
-def read(slug: str, folder: Path = FOLDER) -> dict:
+def read(slug: str, folder: Path | None = None) -> dict:
     """The stored result of a slug. Raises ClaimError while nothing has been measured."""
-    path = Path(folder) / f"{slug.replace('-', '_')}.json"
+    path = _file(slug, folder).with_suffix(".json")
     if not path.exists():
         raise ClaimError(f"{slug} has not been measured: run `python -m minivid claims {slug}`.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def outcome(slug: str, folder: Path = FOLDER) -> str:
+def outcome(slug: str, folder: Path | None = None) -> str:
     """The explanation of the verdict: the paragraph "Outcome: ..." of the docstring of the claim's file, or ''."""
-    text = (Path(folder) / f"{slug.replace('-', '_')}.py").read_text(encoding="utf-8")
+    text = _file(slug, folder).read_text(encoding="utf-8")
     found = re.search(r"^Outcome:\s*((?:.+\n?)+)", ast.get_docstring(ast.parse(text)) or "", flags=re.M)
     return " ".join(found[1].split()) if found else ""
 
 
-def run(slug: str, folder: Path = FOLDER, *, workers: int = 1, again: bool = False) -> dict:
+def run(slug: str, folder: Path | None = None, *, workers: int = 1, again: bool = False) -> dict:
     """Run a claim in full, write its result file, return what was written.
 
     Jobs that were done before with the same settings and code are taken from the cache; `again` measures them anew.
@@ -280,8 +284,7 @@ def _judge(claims: Claims, full: dict, fast: dict) -> dict:
                     f"{', '.join(values[arm_name])}."
                 )
         tests.append(
-            {"name": test.name, "claim": str(test), "kind": type(test).__name__.lower(), **vars(test)}
-            | test.judge(values)
+            {"name": test.name, "claim": str(test), "kind": type(test).__name__.lower(), **vars(test)} | test.judge(values)
         )
     return {
         "slug": claims.slug,
@@ -311,7 +314,7 @@ def _earlier(claims: Claims, tests: dict[str, str]) -> list[dict]:
     return [*old["earlier"], {key: old[key] for key in ("date", "commit", "code", "verdict")} | {"tests": before}]
 
 
-def stale(slug: str, folder: Path = FOLDER) -> str:
+def stale(slug: str, folder: Path | None = None) -> str:
     """Why the stored result can't be trusted any more; empty while it can."""
     claims = load(slug, folder)
     if not claims.result.exists():
@@ -321,7 +324,7 @@ def stale(slug: str, folder: Path = FOLDER) -> str:
     return ""
 
 
-def check_fast(slug: str, folder: Path = FOLDER) -> list[str]:
+def check_fast(slug: str, folder: Path | None = None) -> list[str]:
     """Run the fast form anew and say which values left their tolerance; an empty list is a pass."""
     claims, stored = load(slug, folder), read(slug, folder)
     with tempfile.TemporaryDirectory() as nowhere:  # a cached answer would prove nothing

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from minivid.world import judge, scores  # noqa: F401  handed on
+
 
 def flops(fn: Callable[[], Any]) -> int:
     """Floating-point operations of one call of `fn`; a multiply-add counts as 2.
@@ -74,8 +76,7 @@ def _stored(thing: Any, seen: set[tuple]) -> int:
     if isinstance(thing, (list, tuple)):
         return sum(_stored(value, seen) for value in thing)
     raise TypeError(
-        f"stored_bytes takes a path, bytes, a tensor, an array, a module or a dict or list of them, "
-        f"not {type(thing).__name__}."
+        f"stored_bytes takes a path, bytes, a tensor, an array, a module or a dict or list of them, not {type(thing).__name__}."
     )
 
 

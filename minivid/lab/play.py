@@ -293,9 +293,7 @@ def _map_widget(weights: np.ndarray, grid: tuple[int, int, int], query: int) -> 
     )  # fmt: skip
 
 
-def attention(
-    weights: Tensor | np.ndarray, frames: int, rows: int, columns: int, *, query: int | None = None
-) -> Display:
+def attention(weights: Tensor | np.ndarray, frames: int, rows: int, columns: int, *, query: int | None = None) -> Display:
     """An attention map `n n` over a grid of frames x rows x columns: point at a token, see where it looks.
 
     Mouse or arrow keys move the query (page up and down change the frame). Under it stands the whole map as a still.

@@ -145,9 +145,7 @@ def attention(
         for ax in axes[k:]:
             ax.set_visible(False)
         for i, ax in enumerate(axes[:k]):
-            image = ax.imshow(
-                _shrunk(maps[i]), cmap="cividis", norm=scale, extent=(0, n, n, 0), interpolation="nearest"
-            )
+            image = ax.imshow(_shrunk(maps[i]), cmap="cividis", norm=scale, extent=(0, n, n, 0), interpolation="nearest")
             _frame_borders(ax, n, frames)
             ax.set_title(names[i] or caption)
             ax.set_xlabel("key")
@@ -215,9 +213,7 @@ def claim(result: Mapping[str, Any], *, alt: str = "") -> Picture:
 
     sums = "; ".join(f"{test['claim']}: {test['verdict']}" for test in tests)
     alt = alt or f"Claim of {result['slug']}: {result['verdict']}. {sums}."
-    return figure(
-        draw, (7.5, 0.5 + 1.6 * len(tests)), f"claim {result['slug']}: {result['verdict']}", alt, (len(tests), 1)
-    )
+    return figure(draw, (7.5, 0.5 + 1.6 * len(tests)), f"claim {result['slug']}: {result['verdict']}", alt, (len(tests), 1))
 
 
 def _claim_row(ax: Any, test: Mapping[str, Any], arms: Mapping[str, Any]) -> None:
@@ -246,6 +242,4 @@ def _claim_row(ax: Any, test: Mapping[str, Any], arms: Mapping[str, Any]) -> Non
 def _finite(values: Mapping[str, np.ndarray]) -> None:
     bad = [name for name, v in values.items() if not v.size or not np.isfinite(v).all()]
     if bad or not values:
-        raise ValueError(
-            f"nothing to draw, or NaN, infinite or missing values in: {', '.join(bad) or 'an empty dict'}."
-        )
+        raise ValueError(f"nothing to draw, or NaN, infinite or missing values in: {', '.join(bad) or 'an empty dict'}.")

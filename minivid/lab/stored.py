@@ -6,7 +6,6 @@ chunks of 16 frames, with the same result as in one piece.
 """
 
 import hashlib
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from minivid.core import weights
 from minivid.core.tokenizer import Stream
 from minivid.world.files import Video, read_video, write_video
+from minivid.world.scores import psnr
 
 CHUNK = 16  # frames at a time: bounds the memory of the features, not of the clip
 
@@ -65,12 +65,11 @@ def encode(
     }  # fmt: skip
     weights.write(Path(out), {"latent": latent}, header)
     again = _decode(model, latent.float(), clip.shape[1])
-    error = (again - clip).square().mean().item()
     raw = clip.numel()  # a byte a value
     return Report(
         frames=clip.shape[1], height=clip.shape[2], width=clip.shape[3], raw_bytes=raw,
         file_bytes=Path(out).stat().st_size, numbers_ratio=raw / latent.numel(),
-        psnr=10 * math.log10(4 / max(error, 1e-12)), encode_seconds=between - began,
+        psnr=float(psnr(again, clip)), encode_seconds=between - began,
         decode_seconds=time.perf_counter() - between,
     )  # fmt: skip
 
