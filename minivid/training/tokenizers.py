@@ -98,7 +98,7 @@ TOK_F = dict(channels=4, time_stride=1)
 TOK_Q = dict(channels=4, time_stride=1, levels=[4, 4, 4, 4], noise=0.0)
 
 RECIPES = {
-    "tok-v": Recipe("tokenizer", TOK_V, clip_material(16, 17), reconstruct, 10000, 2e-3, 16),
+    "tok-v": Recipe("tokenizer", TOK_V, clip_material(16, 17), reconstruct, 8000, 2e-3, 16),
     "tok-f": Recipe("tokenizer", TOK_F, clip_material(16, 17, every=4), reconstruct, 5000, 2e-3, 16),
     "tok-q": Recipe("tokenizer", TOK_Q, clip_material(16, 17, every=4), reconstruct, 5000, 2e-3, 16),
     "feat-a": Recipe("features", dict(time=1), labelled(32), recognise, 2500, 2e-3, 32),
