@@ -1,5 +1,6 @@
 """The ground floor: a procedural captioned world with exact truth, defects, moving digits, real clips, and the judge."""
 
+from . import judge, readings, scores
 from .caption import STYLES, WORDS, attributes, caption, captions, chunk_caption, compose, event_captions, fields
 from .clips import CLIPS, PHOTOS, natural, natural_crops, pan, photograph
 from .defects import DEFECTS, corrupt, cut_words, degrade, wrong_words
