@@ -49,11 +49,13 @@ class Arm:
 
     `run` is a top-level function of the claim's file. The settings are plain values (they go into the job's hash and
     into the result file). `fast=True` asks for the form of a few seconds that the tests repeat. A `run` that takes
-    `folder` gets a folder that outlives a kill, for checkpoints of its own.
+    `folder` gets a folder that outlives a kill, for checkpoints of its own. `files` are what this arm reads besides the
+    code, from the repository's root (such as "minivid/weights/video.safetensors"): when one changes, so does the job.
     """
 
-    def __init__(self, run: Callable[..., dict[str, float]], **settings: Any):
+    def __init__(self, run: Callable[..., dict[str, float]], files: Sequence[str] = (), **settings: Any):
         self.run, self.settings = run, settings
+        self.files = [ROOT / file for file in files]
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,9 @@ class Claims:
 
     @property
     def code(self) -> str:
-        """Hash of the syntax trees of the claim's file and its sources; comments and docstrings don't count."""
-        return jobs.code_hash(self.file, *self.sources)
+        """Hash of the claim's file, its sources (comments and docstrings don't count) and the files its arms read."""
+        read = sorted({file for arm in self.arms.values() for file in arm.files})
+        return jobs.code_hash(self.file, *self.sources, *read)
 
     def within(self, metric: str) -> Number:
         return self.tolerance.get(metric, 0.05) if isinstance(self.tolerance, Mapping) else self.tolerance

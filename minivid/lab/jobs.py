@@ -49,12 +49,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def code_hash(*files: Path) -> str:
-    """Hash of the syntax trees of `files`. Comments, docstrings, layout and file names don't count."""
+    """Hash of `files`: the syntax tree of a .py file (comments, docstrings, layout don't count), the bytes of another."""
     trees = []
     for file in files:
         if not Path(file).exists():
             raise ClaimError(f"{file} does not exist, but a claim stands on it.")
-        trees.append(_plain(ast.parse(Path(file).read_text(encoding="utf-8"))))
+        if Path(file).suffix == ".py":
+            trees.append(_plain(ast.parse(Path(file).read_text(encoding="utf-8"))))
+        else:
+            trees.append(hashlib.sha256(Path(file).read_bytes()).hexdigest())
     return _hash(trees)
 
 
@@ -117,7 +120,7 @@ def key(claims: "Claims", name: str, seed: int, fast: bool) -> str:
     arm = claims.arms[name]
     if not getattr(arm.run, "__name__", "").isidentifier():
         raise ClaimError(f"{claims.slug}: arm {name!r} must be a named top-level function, so that it can be hashed.")
-    code = [code_hash(*claims.sources), _reached(claims.file, arm.run.__name__)]
+    code = [code_hash(*claims.sources, *arm.files), _reached(claims.file, arm.run.__name__)]
     try:
         return _hash([claims.slug, name, arm.settings, seed, fast, code])
     except TypeError as error:

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -170,12 +168,9 @@ def test_two_workers_give_what_one_gives(toy):
 def test_a_killed_run_goes_on_where_it_was(toy):
     edit(toy / "toy.py", '    return {"score"', '    if seed == 1 and not (HERE / "alive").exists():\n'
          '        (HERE / "alive").touch(), __import__("os")._exit(9)\n    return {"score"')  # fmt: skip
-    code = (
-        "import pathlib, sys; from minivid.lab import claims, jobs; here = pathlib.Path(sys.argv[1]);"
-        "jobs.CACHE = here / 'cache'; claims.run('toy', here)"
-    )
-    dead = subprocess.run([sys.executable, "-c", code, str(toy)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert dead.returncode == 9 and not (toy / "toy.json").exists()
+    victim = multiprocessing.get_context("fork").Process(target=claims.run, args=("toy", toy))
+    victim.start(), victim.join()
+    assert victim.exitcode == 9 and not (toy / "toy.json").exists()
     assert calls(toy) == ["1.0 0 False", "2.0 0 False", "1.0 1 False"]
     claims.run("toy", toy)
     assert calls(toy)[3:7] == ["1.0 1 False", "2.0 1 False", "1.0 2 False", "2.0 2 False"]
@@ -225,6 +220,19 @@ def test_only_the_code_that_an_arm_reaches_makes_it_run_again(toy):
     edit(toy / "toy.py", "STEPS = 3", "STEPS = 4")
     claims.run("toy", toy)
     assert len(calls(toy)) == 16
+
+
+def test_other_weights_make_their_arm_run_again(toy):
+    (toy / "w.bin").write_bytes(b"1")
+    edit(toy / "toy.py", "Arm(arm, gain=2.0)", 'Arm(arm, files=[str(HERE / "w.bin")], gain=2.0)')
+    claims.run("toy", toy)
+    (toy / "w.bin").write_bytes(b"2")
+    assert "has changed since" in claims.stale("toy", toy)
+    claims.run("toy", toy)
+    assert len(calls(toy)) == 8 + 4 and {call[:3] for call in calls(toy)[8:]} == {"2.0"}
+    (toy / "w.bin").unlink()
+    with pytest.raises(ClaimError, match="w.bin does not exist, but a claim stands on it"):
+        claims.run("toy", toy)
 
 
 def test_check_fast_sees_a_result_that_moved(toy):
