@@ -89,8 +89,7 @@ class Picture:
         return f"{still}<details><summary>Play ({self.fps} frames a second)</summary>{film}</details>"
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        data = {"text/plain": self.text, "text/html": self._html(), "image/png": base64.b64encode(self.png).decode()}
-        return data, {"image/png": {"width": self.width, "alt": self.alt}}
+        return {"text/plain": self.text, "text/html": self._html()}  # stored once: as image/png it would be there twice
 
 
 def _url(kind: str, data: bytes) -> str:

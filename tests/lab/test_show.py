@@ -71,10 +71,11 @@ class Tags(html.parser.HTMLParser):
 def test_every_picture_displays_itself(text):
     picture = PICTURES[text]()
     assert repr(picture) == text
-    data, metadata = picture._repr_mimebundle_()
-    assert data["text/plain"] == text
-    still = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
-    assert still.size[0] == canvas.DENSITY * metadata["image/png"]["width"] and metadata["image/png"]["alt"]
+    data = picture._repr_mimebundle_()
+    assert data["text/plain"] == text and data.keys() == {"text/plain", "text/html"}, "pixels are stored once"
+    shown = Tags(data["text/html"]).found[0][1]
+    still = Image.open(io.BytesIO(base64.b64decode(shown["src"].removeprefix("data:image/png;base64,"))))
+    assert still.size[0] == canvas.DENSITY * int(shown["width"]) == canvas.DENSITY * picture.width
     assert still.size[0] <= canvas.DENSITY * 830, "wider than a notebook's page, so a browser would shrink and blur it"
     tags = Tags(data["text/html"]).found
     assert {tag for tag, _ in tags} <= {"img", "details", "summary"}
