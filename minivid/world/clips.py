@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from .files import pictures, to_clip
@@ -96,6 +95,8 @@ def photograph(name: str) -> Float[Tensor, "c h w"]:
     folder = _photo_folder()
     if folder is None:
         raise FileNotFoundError("The photographs come with scikit-learn, which is missing: pip install scikit-learn.")
+    from PIL import Image
+
     with Image.open(folder / f"{name}.jpg") as picture:
         return to_clip(np.asarray(picture.convert("RGB"))[None])[:, 0]
 

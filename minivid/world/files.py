@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-PICTURES = (".webp", ".gif")  # by Pillow; everything else by PyAV
+PICTURES = (".webp", ".gif")  # by Pillow, everything else by PyAV; both are imported only when a file is touched
 
 
 class VideoError(ValueError):
@@ -113,6 +112,8 @@ class _Truncated(Exception):
 
 def pictures(path: Path) -> Iterator[tuple[np.ndarray, float]]:
     """(frame `h w c` in bytes, frames per second) of an animated WebP or GIF."""
+    from PIL import Image, ImageSequence, UnidentifiedImageError
+
     try:
         film = Image.open(path)
     except (UnidentifiedImageError, OSError, SyntaxError) as cause:
@@ -169,6 +170,8 @@ def _squared(picture: np.ndarray, size: int | None) -> np.ndarray:
     """The centre square, averaged (or, where it is smaller, interpolated) to size x size."""
     if size is None:
         return picture
+    from PIL import Image
+
     h, w, _ = picture.shape
     side = min(h, w)
     top, left = (h - side) // 2, (w - side) // 2
@@ -204,6 +207,8 @@ def write_video(path: str | os.PathLike, clip: Float[Tensor, "c f h w"], fps: fl
 
 
 def _animate(path: str, pixels: np.ndarray, fps: float) -> None:
+    from PIL import Image
+
     first, *rest = (Image.fromarray(frame) for frame in pixels)
     options = dict(lossless=True, quality=60, method=3) if path.endswith(".webp") else {}
     first.save(path, save_all=True, append_images=rest, duration=max(1, round(1000 / fps)), loop=0, **options)

@@ -16,7 +16,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .files import check_clip
@@ -216,6 +215,8 @@ def score(clip: Float[Tensor, "c f h w"] | Reading, scene: Scene) -> dict:
     names = ("colour", "shape", "size", "motion")
     answers = [{name: False if reading.sure else None for name in names} for _ in scene.bodies]
     if reading.bodies:
+        from scipy.optimize import linear_sum_assignment
+
         table = [[_compare(seen, body) for seen in reading.bodies] for body in scene.bodies]
         worth = {"colour": 4, "shape": 2, "motion": 1, "size": 0.5}
         value = [[sum(worth[n] * (0.5 if v is None else v) for n, v in cell.items()) for cell in row] for row in table]

@@ -10,8 +10,6 @@ Everything is an array over a batch; the loops in Python are over bodies, not ov
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
-from scipy.optimize import linear_sum_assignment
 
 from .parts import COLOURS, SIZES
 
@@ -53,6 +51,8 @@ class Regions:
 
 
 def regions(pixels: np.ndarray, cover: np.ndarray, hue: np.ndarray, clear: np.ndarray) -> Regions:
+    from scipy import ndimage  # here, because it takes long to import
+
     b, f, size, _ = cover.shape
     some = size * f // 2
     top = np.partition(cover.reshape(b, -1), -some, axis=1)[:, -some:].mean(1)
@@ -120,6 +120,8 @@ def _link(groups: list[np.ndarray], found: Regions, size: int) -> list[np.ndarra
     """Several regions of one colour: follow each to the nearest in the next frame, at most a quarter of the frame
     away.
     """
+    from scipy.optimize import linear_sum_assignment
+
     tracks: list[np.ndarray] = []
     for t, group in enumerate(groups):
         last = np.array([track[track >= 0][-1] for track in tracks], int)

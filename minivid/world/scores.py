@@ -12,7 +12,6 @@ import math
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .stats import (  # noqa: F401  handed on
@@ -294,6 +293,8 @@ def content_and_motion(
 ) -> tuple[float, float]:
     """(C, M): the mean distance of frame features after the best re-ordering of frames, so blind to order; and the mean
     error of the displacement per frame, in the path's units. VDMini's split of "what is shown" from "how it moves"."""
+    from scipy.optimize import linear_sum_assignment
+
     cost = torch.cdist(ours, theirs)
     rows, columns = linear_sum_assignment(cost.cpu().numpy())
     steps = (path[1:] - path[:-1]) - (true_path[1:] - true_path[:-1])

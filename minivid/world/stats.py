@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import linalg, stats
 from torch import Tensor
+
+# scipy's parts are imported where they are used: together they take seconds.
 
 Numbers = Tensor | np.ndarray | Sequence[float | int]  # a list of numbers, in any of its forms
 
@@ -47,6 +48,8 @@ def frechet(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], least: int = 256) 
     It is biased by n: give every arm the same n. At most 32 features and at least `least` samples, else the
     covariances are noise (lower `least` only in tests). The features must come from a net that no loss has used.
     """
+    from scipy.linalg import sqrtm
+
     x, y = (np.asarray(t.detach().cpu(), np.float64) for t in (a, b))
     if x.shape[1] != y.shape[1] or not 1 <= x.shape[1] <= 32:
         raise ValueError(f"Both sets need the same 1 to 32 features, got {x.shape[1]} and {y.shape[1]}.")
@@ -55,7 +58,7 @@ def frechet(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], least: int = 256) 
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("The features have NaN or infinite values.")
     ca, cb = (np.atleast_2d(np.cov(t, rowvar=False)) for t in (x, y))
-    root = linalg.sqrtm(ca @ cb)
+    root = sqrtm(ca @ cb)
     distance = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(ca + cb) - 2 * np.trace(np.real(root))
     return max(float(distance), 0.0)
 
@@ -124,11 +127,13 @@ def auroc(scores: Float[Tensor, "n"], labels: Bool[Tensor, "n"]) -> float:
     """Area under the ROC curve in [0, 1]: the chance that a positive scores above a negative, ties half; .5 is
     chance.
     """
+    from scipy.stats import rankdata
+
     positive = labels.bool()
     n, p = len(scores), int(positive.sum())
     if p in (0, n):
         raise ValueError(f"AUROC needs both labels, got {p} positive of {n}.")
-    rank = torch.as_tensor(stats.rankdata(scores.detach().cpu().numpy()))
+    rank = torch.as_tensor(rankdata(scores.detach().cpu().numpy()))
     return float((rank[positive.cpu()].sum() - p * (p + 1) / 2) / (p * (n - p)))
 
 
@@ -161,12 +166,16 @@ def bootstrap(
 
 def pearson(a: Numbers, b: Numbers) -> float:
     """Linear correlation in [-1, 1]."""
-    return float(stats.pearsonr(*_pair(a, b)).statistic)
+    from scipy.stats import pearsonr
+
+    return float(pearsonr(*_pair(a, b)).statistic)
 
 
 def spearman(a: Numbers, b: Numbers) -> float:
     """Rank correlation in [-1, 1]."""
-    return float(stats.spearmanr(*_pair(a, b)).statistic)
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(*_pair(a, b)).statistic)
 
 
 def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
