@@ -150,7 +150,8 @@ def _decoded(path: Path) -> Iterator[tuple[np.ndarray, float]]:
         seen, last, damaged = 0, 0.0, False
         try:
             for frame in container.decode(stream):
-                yield frame.to_ndarray(format="rgb24"), fps
+                turned = round(frame.rotation / 90)  # phones store upright films lying down
+                yield np.rot90(frame.to_ndarray(format="rgb24"), turned), fps
                 seen, last, damaged = seen + 1, frame.time or last, damaged or frame.is_corrupt
         except av.FFmpegError as cause:
             raise _Truncated(_promise(container, stream, fps)) from cause

@@ -1,5 +1,6 @@
 """Real clips: what is bundled, the split, exact pans; files of every kind, whole, damaged and wrong."""
 
+import struct
 import sys
 from pathlib import Path
 
@@ -149,6 +150,18 @@ def test_size_frames_start_fps(film):
     whole = read_video(film).clip
     torch.testing.assert_close(half.clip[:, 0], whole[:, 0], atol=0.01, rtol=0)
     assert read_video(film, fps=24).clip.shape[1] == 96
+
+
+def test_a_turned_film_is_shown_upright(tmp_path):
+    """A phone writes "turn by a quarter, clockwise" into the track's matrix, which lies in the file as nine numbers."""
+    data = write_video(tmp_path / "a.mp4", ramp(3)).read_bytes()
+    plain = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    turned = struct.pack(">9i", 0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
+    at = data.rindex(plain)
+    (tmp_path / "b.mp4").write_bytes(data[:at] + turned + data[at + len(plain) :])
+    upright = read_video(tmp_path / "b.mp4").clip
+    assert upright.shape == (3, 3, 64, 48)
+    assert (upright - ramp(3).rot90(-1, (-2, -1))).abs().mean() < 0.02
 
 
 def test_whole_bunny_through_av(tmp_path):
