@@ -62,10 +62,25 @@ def clip(x: Array, caption: str = "", *, scale: int | None = None, fps: int = 8,
     return _clips([clip_bytes(x)], [], caption, scale, 18, fps, alt, text="clip " + _size(x))
 
 
-def strip(x: Array, caption: str = "", *, frames: int = 8, scale: int | None = None, alt: str = "") -> Picture:
-    """The still alone: `frames` evenly spread frames of a clip `c f h w`, numbered, without a film."""
-    picture = _clips([clip_bytes(x)], [], caption, scale, frames, 8, alt, text="strip " + _size(x))
-    return Picture(picture.image, picture.text, picture.alt)
+def strip(
+    x: Array, caption: str = "", *, frames: int = 8, scale: int | None = None, labels: Sequence[str] = (), alt: str = ""
+) -> Picture:
+    """The still alone: `frames` evenly spread frames of a clip `c f h w`, without a film.
+
+    labels  what stands under the frames; by default their numbers
+    """
+    pixels = clip_bytes(x)
+    chosen = pick(len(pixels), frames)
+    if labels and len(labels) != len(chosen):
+        raise ValueError(f"strip shows {len(chosen)} frames and needs as many labels, got {len(labels)}.")
+    factor = (scale or scale_for(pixels.shape[2], 96)) * DENSITY
+    sheet = Sheet()
+    if caption:
+        sheet.text(caption, bold=True)
+    sheet.tiles([enlarge(pixels[k], factor) for k in chosen], list(labels) or [str(k) for k in chosen])
+    said = f": {', '.join(labels)}" if labels else ""
+    alt = alt or f"{caption + ': ' if caption else ''}{len(chosen)} frames in order from left to right{said}."
+    return Picture(sheet.image(), "strip " + _size(x), alt)
 
 
 def clips(

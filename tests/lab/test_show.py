@@ -97,6 +97,14 @@ def test_a_film_starts_folded_and_holds_every_frame():
     assert show.strip(ball()).webp == b"" == show.clip(ball(1)).webp
 
 
+def test_a_strip_can_say_what_stands_under_its_frames():
+    names = ["t = 0", "t = 0.5", "t = 1"]
+    named = show.strip(ball(3), "on the way", labels=names)
+    assert named.png != show.strip(ball(3), "on the way").png and all(name in named.alt for name in names)
+    with pytest.raises(ValueError, match="shows 3 frames and needs as many labels, got 2"):
+        show.strip(ball(3), labels=names[:2])
+
+
 def test_the_still_shows_the_clips_own_pixels_enlarged_by_a_whole_number():
     picture = show.clip(ball())
     page, pixels = np.asarray(picture.image), canvas.clip_bytes(ball())
