@@ -81,7 +81,7 @@ def draw() -> str:
         parts += [*seam(x, y, chapter), text(x + 22, y + 5, says, 15, "start")]
     tip = ('<defs><marker id="tip" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
            f'<path d="M0,0 L10,5 L0,10 z" fill="{LINE}"/></marker></defs>')
-    label = "A clip is encoded, mixed with noise, cleaned by the model step by step, and decoded; dots mark where chapters plug in."
+    label = "A clip is encoded, mixed with noise, cleaned step by step, decoded; dots mark where chapters plug in."
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {W} {H}" role="img" aria-label="{label}">'
             f'<rect width="{W}" height="{H}" fill="white"/>{tip}{"".join(parts)}</svg>\n')
 

@@ -70,11 +70,11 @@ def recognise(seed, fast, name):
 CLAIMS = Claims(
     "core",
     arms={
-        "tok-v": Arm(reconstruct, name="tok-v", frames=17),
-        "tok-f": Arm(reconstruct, name="tok-f", frames=16),
-        "video": Arm(follow, name="video"),
-        "feat-a": Arm(recognise, name="feat-a"),
-        "feat-b": Arm(recognise, name="feat-b"),
+        "tok-v": Arm(reconstruct, files=["minivid/weights/tok-v.safetensors"], name="tok-v", frames=17),
+        "tok-f": Arm(reconstruct, files=["minivid/weights/tok-f.safetensors"], name="tok-f", frames=16),
+        "video": Arm(follow, files=["minivid/weights/video.safetensors", "minivid/weights/tok-v.safetensors"], name="video"),
+        "feat-a": Arm(recognise, files=["minivid/weights/feat-a.safetensors"], name="feat-a"),
+        "feat-b": Arm(recognise, files=["minivid/weights/feat-b.safetensors"], name="feat-b"),
     },
     tests=[
         Floor("tok-v draws the world", "world", "tok-v", at_least=32.0),

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,7 +94,7 @@ class Ema(nn.Module):
 class State:
     """What training changes: named things with a state dict (models, optimisers, averages, schedules) and the step number."""
 
-    parts: dict[str, object] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
     i: int = 0
 
     def __getattr__(self, name):

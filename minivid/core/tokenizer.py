@@ -3,7 +3,9 @@
     encode(clip) -> latent      decode(latent) -> clip      between them a bottleneck (z) -> z_q, codes, losses
 
 What is unusual here: time and space are folded into channels *before* the first convolution (pixel-unshuffle), so that all
-work is done on a small grid by large matrix products, which is what a CPU is good at; and causality is exact: the first
+work is done on a small grid by large matrix products, which is what a CPU is good at; a straight linear path runs beside
+the network in both directions and begins as the principal components of the patches, so that the convolutions only learn what
+no linear map can do (without it, 24.6 dB on unseen natural clips after an hour; the components alone give 24.8); causality is exact: the first
 frame fills a group of its own by repetition, every convolution looks back only, and with a `Stream` that keeps the last
 inputs of each convolution any chunk plan gives what one shot gives.
 
@@ -125,6 +127,26 @@ class Residual(nn.Module):
         return x + self.out(y)
 
 
+class Scale(nn.Module):
+    """Unit variance a channel, by fixed numbers. Batch statistics, the usual way, hide the clip's brightness from the decoder
+    (the mean of eight clips is mostly their content); so training only leans towards unit variance, and `settle` sets the
+    numbers at its end."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(c, 1, 1, 1)), self.register_buffer("std", torch.ones(c, 1, 1, 1))
+
+    def forward(self, z):
+        return (z - self.mean) / self.std
+
+    def back(self, z):
+        return z * self.std + self.mean
+
+    def lean(self, z):
+        """How far the channels of a normalised latent are from mean 0 and variance 1."""
+        return z.mean((0, 2, 3, 4)).square().mean() + (z.var((0, 2, 3, 4)) - 1).square().mean()
+
+
 class Coder(nn.Module):
     """One half of a tokenizer: residual blocks on the fine grid (stride 2) and on the latent grid (stride 4).
 
@@ -174,9 +196,11 @@ class Tokenizer(nn.Module):
         time, folded = time_stride > 1, 3 * 4 * time_stride
         self.encoder = Coder((folded, channels), False, tuple(widths), tuple(depths), time, causal)
         self.decoder = Coder((channels, folded), True, tuple(widths), tuple(depths), time, causal)
+        self.direct_in, self.direct_out = nn.Linear(48 * time_stride, channels), nn.Linear(channels, 48 * time_stride)
+        for end in (self.encoder.end, self.decoder.end):  # at first the linear path speaks alone
+            nn.init.zeros_(end.weight), nn.init.zeros_(end.bias)
         self.bottleneck = bottleneck or Identity()
-        # Unit variance a channel by construction: batch statistics while training, their running means afterwards.
-        self.scale = nn.BatchNorm3d(channels, affine=False, momentum=0.01)
+        self.scale = Scale(channels)
 
     def frames(self, n: int) -> bool:
         """Whether a clip of n frames is legal: 1 + a multiple of the time stride."""
@@ -186,19 +210,46 @@ class Tokenizer(nn.Module):
         """Shape `c f h w` of the latent of an f x h x w clip."""
         return self.channels, 1 + (f - 1) // self.time_stride, h // 4, w // 4
 
-    def _fold(self, clip, stream):
+    @torch.no_grad()
+    def begin(self, clips: Float[Tensor, "b 3 f h w"]) -> None:
+        """Set the linear path to the principal components of the patches of these clips, scaled to unit variance."""
+        patches = self._patches(self._whole(clips, None)).flatten(0, 3)
+        mean = patches.mean(0)
+        value, vector = torch.linalg.eigh((patches - mean).T.double().cov())
+        spread = value[-self.channels :].flip(0).sqrt().float()
+        basis = vector[:, -self.channels :].flip(1).float()
+        self.direct_in.weight.copy_((basis / spread).T), self.direct_in.bias.copy_(-mean @ (basis / spread))
+        self.direct_out.weight.copy_(basis * spread), self.direct_out.bias.copy_(mean)
+
+    @torch.no_grad()
+    def settle(self, clips: Float[Tensor, "b 3 f h w"]) -> None:
+        """Set the scale so that the latents of these clips have mean 0 and variance 1 a channel. The clips drawn don't change,
+        but with a bottleneck that rounds: there the scale stays at 1."""
+        if not isinstance(self.bottleneck, Identity):
+            return
+        z = self.scale.back(self.features(clips))
+        self.scale.mean.copy_(z.mean((0, 2, 3, 4)).view(-1, 1, 1, 1)), self.scale.std.copy_(z.std((0, 2, 3, 4)).view(-1, 1, 1, 1))
+
+    def _patches(self, clip):
+        return rearrange(clip, "b c (f t) (h p) (w q) -> b f h w (c t p q)", t=self.time_stride, p=4, q=4)
+
+    def _whole(self, clip, stream):
+        """The clip with its first frame repeated to fill a group, unless the stream has already begun."""
         r = self.time_stride
         if stream is None or not stream.started:
             if not self.frames(clip.shape[2]):
                 raise ValueError(f"this tokenizer takes 1 + {r}k frames (1, {1 + r}, {1 + 4 * r}, ...), got {clip.shape[2]}")
-            clip = torch.cat([clip[:, :, :1].expand(-1, -1, r - 1, -1, -1), clip], 2)
-        elif clip.shape[2] % r:
+            return torch.cat([clip[:, :, :1].expand(-1, -1, r - 1, -1, -1), clip], 2)
+        if clip.shape[2] % r:
             raise ValueError(f"later chunks of a stream have a multiple of {r} frames, got {clip.shape[2]}")
-        return rearrange(clip, "b c (f t) (h p) (w q) -> b (c t p q) f h w", t=r, p=2, q=2)
+        return clip
 
     def features(self, clip: Tensor, stream: Stream | None = None) -> Tensor:
         """What the encoder says before the bottleneck, normalised: `b c f' h/4 w/4`."""
-        return self.scale(self.encoder(self._fold(clip, stream), stream))
+        clip = self._whole(clip, stream)
+        straight = rearrange(self.direct_in(self._patches(clip)), "b f h w c -> b c f h w")
+        folded = rearrange(clip, "b c (f t) (h p) (w q) -> b (c t p q) f h w", t=self.time_stride, p=2, q=2)
+        return self.scale(straight + self.encoder(folded, stream))
 
     def encode(self, clip: Float[Tensor, "b 3 f h w"], stream: Stream | None = None, generator=None) -> Tensor:
         """Clip in [-1, 1] -> latent. With a `stream`: the first chunk has 1 + 4k frames, later ones 4k.
@@ -213,15 +264,20 @@ class Tokenizer(nn.Module):
         if latent.ndim != 5 or latent.shape[1] != self.channels:
             raise ValueError(f"a latent of this tokenizer is 'b {self.channels} f h w', got {tuple(latent.shape)}")
         fresh = stream is None or not stream.started
-        return self._unfold(self.decoder(latent, stream), fresh).clamp(-1, 1)
+        return self._pixels(latent, stream, fresh).clamp(-1, 1)
 
-    def _unfold(self, y, fresh):
-        y = rearrange(y, "b (c t p q) f h w -> b c (f t) (h p) (w q)", t=self.time_stride, p=2, q=2)
-        return y[:, :, self.time_stride - 1 :] if fresh else y
+    def _pixels(self, z, stream, fresh):
+        t, z = self.time_stride, self.scale.back(z)
+        y = rearrange(self.decoder(z, stream), "b (c t p q) f h w -> b c (f t) (h p) (w q)", t=t, p=2, q=2)
+        straight = self.direct_out(rearrange(z, "b c f h w -> b f h w c"))
+        y = y + rearrange(straight, "b f h w (c t p q) -> b c (f t) (h p) (w q)", t=t, p=4, q=4)
+        return y[:, :, t - 1 :] if fresh else y
 
     def forward(self, clip, generator=None):
         """The training pass: clip -> (reconstruction, codes, losses), with latent noise and no clamp."""
-        z, codes, losses = self.bottleneck(self.features(clip))
+        features = self.features(clip)
+        z, codes, losses = self.bottleneck(features)
+        losses = {**losses, "lean": 0.01 * self.scale.lean(features)}
         if self.training and self.noise:
             z = z + self.noise * torch.randn(z.shape, generator=generator, device=z.device)
-        return self._unfold(self.decoder(z), True), codes, losses
+        return self._pixels(z, None, True), codes, losses

@@ -61,19 +61,23 @@ def train(name: str, steps: int | None = None, seed: int = 0, device: str | None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model = weights.load(recipe.start) if recipe.start else weights.build(recipe.kind, recipe.settings)
     model = model.requires_grad_(True).train().to(device)
-    state = fit.State({"model": model, "opt": optimiser(model, recipe), "ema": fit.Ema(model)})
     path = Path(os.environ.get("MINIVID_RUNS", "runs")) / f"{title}.safetensors"
     if not resume and fit.first():
         path.unlink(missing_ok=True)
-    batches, began, first = recipe.material(device), time.time(), state.i
+    batches, began = recipe.material(device), time.time()
+    if recipe.begin and not path.exists():
+        recipe.begin(model, batches)
+    state = fit.State({"model": model, "opt": optimiser(model, recipe), "ema": fit.Ema(model)})
     note = {"name": name, "steps": steps, "settings": str(recipe.settings)}
     step = stepper(recipe, steps, torch.bfloat16 if device == "cuda" else None)
     log = fit.fit(step, state, batches, steps, seed, path, 250, note)
     model.load_state_dict(state.ema.state_dict())
+    if recipe.end:
+        recipe.end(model.eval(), batches)
     made = {
         "command": f"python -m minivid train {name} --seed {seed} --steps {steps}", "batch": recipe.batch,
         "parameters": sum(p.numel() for p in model.parameters()), "final": log[-1] if log else {},
-        "seconds": round(time.time() - began), "resumed_from": first, "torch": torch.__version__, "commit": _commit(),
+        "seconds": round(time.time() - began), "resumed_from": log[0]["step"] if log else steps, "torch": torch.__version__, "commit": _commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} x {fit.processes()}",
     }
     target = Path(out or weights.FOLDER) / f"{title}.safetensors"

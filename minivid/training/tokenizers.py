@@ -45,6 +45,16 @@ def clip_material(batch: int, frames: int, every: int | None = None) -> Callable
     return material
 
 
+def components(model, batches) -> None:
+    """Begin at the principal components of the first few batches."""
+    model.begin(torch.cat([batches(i) for i in range(8)]))
+
+
+def settle(model, batches) -> None:
+    """Fix the scale of the latents."""
+    model.settle(torch.cat([batches(i) for i in range(8)]))
+
+
 def reconstruct(model, clip: Tensor, generator) -> dict[str, Tensor]:
     """Tokenizer loss: L1, squared error (what PSNR counts) and L1 of the spatial differences (edges)."""
     back, _, extra = model(clip, generator)
@@ -98,9 +108,9 @@ TOK_F = dict(channels=4, time_stride=1)
 TOK_Q = dict(channels=4, time_stride=1, levels=[4, 4, 4, 4], noise=0.0)
 
 RECIPES = {
-    "tok-v": Recipe("tokenizer", TOK_V, clip_material(16, 17), reconstruct, 8000, 2e-3, 16),
-    "tok-f": Recipe("tokenizer", TOK_F, clip_material(16, 17, every=4), reconstruct, 5000, 2e-3, 16),
-    "tok-q": Recipe("tokenizer", TOK_Q, clip_material(16, 17, every=4), reconstruct, 5000, 2e-3, 16),
+    "tok-v": Recipe("tokenizer", TOK_V, clip_material(16, 17), reconstruct, 4500, 1.5e-3, 16, begin=components, end=settle),
+    "tok-f": Recipe("tokenizer", TOK_F, clip_material(16, 17, every=4), reconstruct, 5000, 2e-3, 16, begin=components, end=settle),
+    "tok-q": Recipe("tokenizer", TOK_Q, clip_material(16, 17, every=4), reconstruct, 5000, 2e-3, 16, begin=components, end=settle),
     "feat-a": Recipe("features", dict(time=1), labelled(32), recognise, 2500, 2e-3, 32),
     "feat-b": Recipe("features", dict(time=3, widths=[24, 40, 56]), labelled(32), recognise, 2500, 2e-3, 32),
 }

@@ -12,7 +12,7 @@ MAY_IMPORT = {"world": {"world"}, "core": {"world", "core"}, "lab": {"world", "c
 BELOW_PAPERS = {"world", "core"}
 ON_TOP = {"claims", "__main__"}
 # Lazily imported where needed: matplotlib, scikit-learn and PyAV cost a reader seconds before the first line runs.
-HEAVY = ("matplotlib", "sklearn", "av", "PIL", "pandas", "IPython", "ipywidgets", "anywidget", "torch._inductor")
+HEAVY = ("matplotlib", "sklearn", "av", "pandas", "IPython", "ipywidgets", "anywidget", "torch._inductor")
 
 
 def parse(path: Path) -> ast.Module:

@@ -11,7 +11,10 @@ from minivid.core.tokenizer import Pix, Stream, Tokenizer
 
 def make(**kw):
     torch.manual_seed(0)
-    return Tokenizer(channels=4, widths=(8, 16), depths=(1, 1), **kw).eval()
+    tok = Tokenizer(channels=4, widths=(8, 16), depths=(1, 1), **kw).eval()
+    for end in (tok.encoder.end, tok.decoder.end):  # they begin at 0, and a network that says nothing passes any test
+        torch.nn.init.normal_(end.weight, std=0.1)
+    return tok
 
 
 MEMBERS = {
@@ -87,12 +90,31 @@ def test_batch_independence_and_gradient(tok):
     assert x.grad.abs().sum() > 0
 
 
-def test_latents_have_unit_variance_after_training_statistics():
-    tok = make(time_stride=1).train()
-    for i in range(900):
-        tok.features(clip(5, seed=i))
-    z = tok.eval().encode(clip(5, b=16, seed=1000))
-    assert (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.1
+def test_the_linear_path_begins_at_the_principal_components():
+    """Before any training the tokenizer draws what the first components of scikit-learn's PCA draw, and its latents are white."""
+    from sklearn.decomposition import PCA
+
+    tok = Tokenizer(channels=4).eval()
+    x = clip(9, 32, 8)
+    x = torch.nn.functional.avg_pool3d(x, 3, 1, 1)  # something with structure
+    tok.begin(x)
+    patches = tok._patches(tok._whole(x, None))
+    pca = PCA(4, svd_solver="full").fit(patches.flatten(0, 3).numpy())
+    flat = patches[:, 1:].flatten(0, 3).numpy()
+    want = torch.from_numpy(pca.inverse_transform(pca.transform(flat))).float().clamp(-1, 1)
+    drawn = tok._patches(tok.decode(tok.encode(x))[:, :, 1:]).flatten(0, 3)
+    torch.testing.assert_close(drawn, want, atol=1e-3, rtol=0)
+    z = tok.encode(x)
+    assert z.mean((0, 2, 3, 4)).abs().max() < 0.1 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.1
+
+
+def test_settling_gives_unit_variance_and_changes_no_clip():
+    tok, x = make(time_stride=4), clip(9, 16, 16)
+    before = tok.decode(tok.encode(x))
+    tok.settle(x)
+    z = tok.encode(x)
+    assert z.mean((0, 2, 3, 4)).abs().max() < 1e-4 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 1e-4
+    torch.testing.assert_close(tok.decode(z), before, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("bad, error, says", [
