@@ -14,6 +14,7 @@ from ..core import fit, weights
 from . import generators, tokenizers, tokens
 from .recipe import Recipe
 
+EVERY = 250  # steps between two checkpoints
 RECIPES: dict[str, Recipe] = {**tokenizers.RECIPES, **generators.RECIPES, **tokens.RECIPES}
 
 
@@ -70,7 +71,7 @@ def train(name: str, steps: int | None = None, seed: int = 0, device: str | None
     state = fit.State({"model": model, "opt": optimiser(model, recipe), "ema": fit.Ema(model)})
     note = {"name": name, "steps": steps, "settings": str(recipe.settings)}
     step = stepper(recipe, steps, torch.bfloat16 if device == "cuda" else None)
-    log = fit.fit(step, state, batches, steps, seed, path, 250, note)
+    log = fit.fit(step, state, batches, steps, seed, path, EVERY, note)
     model.load_state_dict(state.ema.state_dict())
     if recipe.end:
         recipe.end(model.eval(), batches)

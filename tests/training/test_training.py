@@ -1,0 +1,106 @@
+"""The one command: trains, resumes to the same values, ships with provenance; the materials are what they say."""
+
+import pytest
+import torch
+
+from minivid import training, world
+from minivid.core import corpus, fit, weights
+from minivid.training import command, generators, tokenizers
+from minivid.training.recipe import Recipe, pick
+
+SETTINGS = dict(channels=3, time_stride=1, widths=[4, 8], depths=[1, 1])
+
+
+def material(device):
+    clips = world.batch(corpus.scenes("base", 6), 16, 3)
+    return lambda i: clips[pick(i, 6, 4)]
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    recipe = Recipe("tokenizer", SETTINGS, material, tokenizers.reconstruct, 12, 1e-3, 4, begin=begin, end=tokenizers.settle)
+    monkeypatch.setitem(training.RECIPES, "tiny", recipe)
+    monkeypatch.setenv("MINIVID_RUNS", str(tmp_path / "runs"))
+    return tmp_path
+
+
+def begin(model, batches):
+    model.begin(batches(0))
+
+
+def test_train_ships_weights_with_their_command(tiny):
+    path = training.train("tiny", seed=3, out=tiny)
+    card = weights.card(path)
+    assert path.name == "tiny-3.safetensors" and card["settings"] == SETTINGS
+    assert card["made"]["command"] == "python -m minivid train tiny --seed 3 --steps 12"
+    model = weights.load(path)
+    z = model.encode(torch.cat([material("cpu")(i) for i in range(8)]))
+    assert (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.01  # settled
+
+
+def test_resumed_is_uninterrupted_and_a_new_run_starts_anew(tiny, monkeypatch):
+    whole = training.train("tiny", out=tiny / "whole")
+    real, seen = tokenizers.reconstruct, []
+
+    def breaks(model, batch, generator):
+        seen.append(0)
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+        return real(model, batch, generator)
+
+    good = training.RECIPES["tiny"]
+    monkeypatch.setattr(command, "EVERY", 5)
+    monkeypatch.setitem(training.RECIPES, "tiny", Recipe(**{**vars(good), "objective": breaks}))
+    with pytest.raises(KeyboardInterrupt):
+        training.train("tiny", out=tiny / "broken")
+    monkeypatch.setitem(training.RECIPES, "tiny", good)
+    resumed = training.train("tiny", out=tiny / "broken", resume=True)
+    assert weights.card(resumed)["made"]["resumed_from"] > 0
+    a, b = weights.read(whole)[0], weights.read(resumed)[0]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    anew = training.train("tiny", out=tiny / "anew")
+    assert weights.card(anew)["made"]["resumed_from"] == 0
+
+
+def test_errors(tiny):
+    with pytest.raises(ValueError, match="no recipe called 'nothing'; there are tok-v"):
+        training.train("nothing")
+    training.train("tiny", out=tiny)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        training.train("tiny", steps=20, out=tiny, resume=True)
+
+
+def test_every_shipped_file_has_its_recipe():
+    for name in weights.names():
+        recipe, card = training.RECIPES[name.rsplit("-", 1)[0] if name[-1].isdigit() else name], weights.card(name)
+        assert card["kind"] == recipe.kind and card["settings"] == recipe.settings
+        assert card["made"]["command"].startswith("python -m minivid train ")
+
+
+def test_answers_say_what_is_in_the_scene():
+    scene = world.draw(0, 4)
+    rows = tokenizers.answers(scene)
+    for body in scene.bodies:
+        there, shape, vx, vy = rows[list(world.COLOURS).index(body.colour)].tolist()
+        assert (there, world.SHAPES[int(shape)]) == (1.0, body.shape)
+        assert abs(vx / 16 - body.legs[0].vx) < 1e-6 and abs(vy / 16 - body.legs[0].vy) < 1e-6
+    assert rows[:, 0].sum() == len(scene.bodies)
+
+
+def test_batches_and_picks_are_functions_of_the_step():
+    assert torch.equal(pick(5, 100, 8), pick(5, 100, 8)) and not torch.equal(pick(5, 100, 8), pick(6, 100, 8))
+
+
+def test_generation_loss_is_that_of_the_whole_clip_and_drops_captions():
+    seen = {}
+
+    class Model(torch.nn.Module):
+        def forward(self, x, t, cond):
+            seen.update(t=t, text=cond.text)
+            return torch.zeros_like(x)
+
+    latent, words = torch.zeros(400, 2, 3, 4, 4), torch.full((400, 5), 7)
+    loss = generators.generate_loss()(Model(), (latent, words), fit.draws(0, 0))["loss"]
+    assert loss == pytest.approx(1.0, abs=0.02)  # the target is noise - 0
+    assert torch.equal(seen["t"][:, 0], seen["t"][:, 2])
+    assert 0.05 < (seen["text"][:, 0] != 7).float().mean() < 0.16
