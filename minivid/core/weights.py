@@ -6,7 +6,6 @@ another shape is refused with a sentence; writing goes to a temporary file first
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -25,15 +24,15 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Non
     """Write tensors and header (text to text) to `path`, all or nothing. Raises OSError when it can't be written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "wb") as f:
+        with open(temporary, "wb") as f:
             f.write(serialise({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, {"minivid": "1", **header}))
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

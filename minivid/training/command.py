@@ -78,7 +78,8 @@ def train(name: str, steps: int | None = None, seed: int = 0, device: str | None
     made = {
         "command": f"python -m minivid train {name} --seed {seed} --steps {steps}", "batch": recipe.batch,
         "parameters": sum(p.numel() for p in model.parameters()), "final": log[-1] if log else {},
-        "seconds": round(time.time() - began), "resumed_from": log[0]["step"] if log else steps, "torch": torch.__version__, "commit": _commit(),
+        "seconds": round(time.time() - began), "resumed_from": log[0]["step"] if log else steps,
+        "torch": torch.__version__, "commit": _commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} x {fit.processes()}",
     }
     target = Path(out or weights.FOLDER) / f"{title}.safetensors"

@@ -107,10 +107,11 @@ TOK_V = dict(channels=10, time_stride=4)
 TOK_F = dict(channels=4, time_stride=1)
 TOK_Q = dict(channels=4, time_stride=1, levels=[4, 4, 4, 4], noise=0.0)
 
+ENDS = dict(begin=components, end=settle)
 RECIPES = {
-    "tok-v": Recipe("tokenizer", TOK_V, clip_material(16, 17), reconstruct, 4500, 1.5e-3, 16, begin=components, end=settle),
-    "tok-f": Recipe("tokenizer", TOK_F, clip_material(16, 17, every=4), reconstruct, 5000, 2e-3, 16, begin=components, end=settle),
-    "tok-q": Recipe("tokenizer", TOK_Q, clip_material(16, 17, every=4), reconstruct, 5000, 2e-3, 16, begin=components, end=settle),
+    "tok-v": Recipe("tokenizer", TOK_V, clip_material(16, 17), reconstruct, 4500, 1.5e-3, 16, **ENDS),
+    "tok-f": Recipe("tokenizer", TOK_F, clip_material(16, 17, every=4), reconstruct, 5000, 1.5e-3, 16, **ENDS),
+    "tok-q": Recipe("tokenizer", TOK_Q, clip_material(16, 17, every=4), reconstruct, 5000, 1.5e-3, 16, **ENDS),
     "feat-a": Recipe("features", dict(time=1), labelled(32), recognise, 2500, 2e-3, 32),
     "feat-b": Recipe("features", dict(time=3, widths=[24, 40, 56]), labelled(32), recognise, 2500, 2e-3, 32),
 }

@@ -124,9 +124,7 @@ def test_upload_shows_a_video_and_answers_a_wrong_file_with_a_sentence(tmp_path)
     assert repr(display) == "upload a video" and display.still.alt.startswith("ours")
 
     def give(data):
-        button.value = (
-            {"name": "x", "type": "video/mp4", "size": len(data), "content": memoryview(data), "last_modified": NOW},
-        )
+        button.value = ({"name": "x", "type": "video/mp4", "size": len(data), "content": memoryview(data), "last_modified": NOW},)
 
     for bad in (b"no video at all", b"", (tmp_path / "x.mp4").read_bytes()[:200]):
         give(bad)
