@@ -119,7 +119,7 @@ def block_objective(model, batch, generator) -> dict[str, Tensor]:
 
 
 RECIPES = {
-    "video": Recipe("video", dict(channels=10), told("tok-v", "base", 16384, 17, 32), generate_loss(), 7000, 1.5e-3, 32),
+    "video": Recipe("video", dict(channels=10), told("tok-v", "base", 16384, 17, 32), generate_loss(), 6000, 1.5e-3, 32),
     "block": Recipe("video", dict(channels=4, block=4), chunked(64), block_objective, 10000, 1.5e-3, 64),
     "unet": Recipe("unet", {}, pixels(128, {"base": 65536}, False), generate_loss(2.0), 10000, 1.5e-3, 128),
     "unet-i": Recipe(
