@@ -65,12 +65,11 @@ class Pen:
             self.draw.line([wings[0], (x + dx, y + dy), wings[1]], colour, round((width + extra) * DENSITY), joint="curve")
 
     def dot(self, point: Point, radius: Number = 3, hollow: bool = False) -> None:
-        """A disc of `radius` shown pixels, or a ring."""
+        """A black disc of `radius` shown pixels, or a white one with a black rim."""
         (x, y), r = self._at(point), radius * DENSITY
         rim = DENSITY
-        self.draw.ellipse([x - r - rim, y - r - rim, x + r + rim, y + r + rim], None if hollow else INK, "white", rim)
-        if hollow:
-            self.draw.ellipse([x - r, y - r, x + r, y + r], None, INK, rim)
+        self.draw.ellipse([x - r - rim, y - r - rim, x + r + rim, y + r + rim], "white")
+        self.draw.ellipse([x - r, y - r, x + r, y + r], "white" if hollow else INK, INK, rim)
 
     def cross(self, point: Point, arm: Number = 5) -> None:
         """An upright cross with arms of `arm` shown pixels."""
@@ -106,7 +105,7 @@ class Pen:
 
 def marked(
     x: Array, mark: Callable[[Pen, int], None], caption: str = "", key: str = "", *, frames: int = 6, shown: int = 128,
-    names: Sequence[str] = (), text: str = "", alt: str = "",
+    names: Sequence[str] = (), text: str = "",
 ) -> Picture:  # fmt: skip
     """`frames` evenly spread frames of a clip `c f h w`, each passed with its number to `mark`, which draws on it.
 
@@ -125,7 +124,7 @@ def marked(
         sheet.text(key)
     sheet.tiles(tiles, names or [f"frame {k}" for k in chosen])
     size = "x".join(map(str, x.shape))
-    return Picture(sheet.image(), text or f"marked clip {size}", alt or f"{caption}: frames of a clip. {key}")
+    return Picture(sheet.image(), text or f"marked clip {size}", f"{caption}: frames of a clip. {key}.")
 
 
 def truth(x: Array, known: Truth, caption: str = "Truth", *, frames: int = 4, shown: int = 192) -> Picture:
@@ -173,7 +172,7 @@ def flow(
 def tracks(
     x: Array, known: Truth, caption: str = "Points of the first frame, followed", *, frames: int = 4, shown: int = 192
 ) -> Picture:
-    """Tracked points with the way they have come: a disc where the point is visible, a ring where it is covered."""
+    """Tracked points with the way they have come: black where the point is visible, white where it is covered."""
     points, seen = known.tracks.numpy(), known.tracks_seen.numpy()
     side = x.shape[-1]
 
@@ -181,9 +180,9 @@ def tracks(
         for path, on in zip(points, seen, strict=True):
             if (0 <= path[k]).all() and (path[k] <= side).all():
                 pen.path(path[: k + 1], 0.75)
-                pen.dot(path[k], 2, hollow=not on[k])
+                pen.dot(path[k], 2 if on[k] else 2.5, hollow=not on[k])
 
-    key = "disc: visible point, ring: the point is covered, line: the way it has come"
+    key = "black: a visible point, white: it is covered, line: the way it has come"
     return marked(x, mark, caption, key, frames=frames, shown=shown, text=f"tracks of {len(points)} points")
 
 
@@ -202,9 +201,8 @@ def reading(x: Array, found: Reading, caption: str = "What the judge reads", *, 
                 pen.cross(path[k])
                 pen.label(path[k] + np.array([away, -1.6 * away]), f"({number})")
 
-    alt = f"{caption}. The judge says: {says}."
     key = f"The judge says: {says}"
-    return marked(x, mark, caption, key, frames=frames, shown=shown, text=f"reading: {says}", alt=alt)
+    return marked(x, mark, caption, key, frames=frames, shown=shown, text=f"reading: {says}")
 
 
 def wall(

@@ -109,6 +109,7 @@ TRACES = ["/".join(["", "root", "x"]), "/".join(["", "tmp", "x"]), "../" + "shar
 def test_machine_paths_and_notes_are_found(package, text):
     assert len(source.text_problems(package(a=text) / "a.py")) == 1
     assert source.text_problems(package(b="b/root/x and network/work/x: to do so") / "b.py") == []
+    assert source.text_problems(package(c="<img src='data:image/png;base64,aX" + "XXb/" + "tmp/x='>") / "c.py") == []
 
 
 # Colours
