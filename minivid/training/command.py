@@ -76,7 +76,7 @@ def train(name: str, steps: int | None = None, seed: int = 0, device: str | None
     if recipe.end:
         recipe.end(model.eval(), batches)
     made = {
-        "command": f"python -m minivid train {name} --seed {seed} --steps {steps}", "batch": recipe.batch,
+        "command": f"python -m minivid train {name} --seed {seed} --steps {steps}", "steps": steps, "batch": recipe.batch,
         "parameters": sum(p.numel() for p in model.parameters()), "final": log[-1] if log else {},
         "seconds": round(time.time() - began), "resumed_from": log[0]["step"] if log else steps,
         "torch": torch.__version__, "commit": _commit(),
