@@ -197,7 +197,7 @@ show.clips(three, [f"way {number}" for number in range(3)])
 # | `script` | 2 to 12 events at known times | order: did it turn blue *before* it left? |
 
 # %%
-strips(["occluded", "recurrent", "cuts", "camera"], [0, 5, 2, 1], frames=40)
+strips(["occluded", "recurrent", "cuts", "camera"], [4, 5, 2, 1], frames=48)
 
 # %% [markdown]
 # ## The caption
