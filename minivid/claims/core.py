@@ -3,6 +3,10 @@
 Tokenizers reconstruct held-out clips of the world (other seeds, held-out combinations) and the columns of the natural films
 that training never saw. The generator is given captions whose colour-shape-motion combination was held out, and the judge
 reads back what it drew; then one word of each caption is changed, with the same noise, and what that word names must change.
+
+Outcome: both models are young. The tokenizer saw 72,000 clips in forty minutes of two cores and misses its floors by 3 dB on
+the world and 0.7 dB on natural clips. The generator saw 192,000 clips in thirty minutes: it paints the right colours, but
+not yet shapes or directions, so whatever is compared on it so far compares colours. The tokenizer's story is in docs/log.md.
 """
 
 import torch
