@@ -13,6 +13,7 @@ from .parts import (
     COLOURS,
     DIAGONALS,
     DIRECTIONS,
+    EXTENT,
     MOTIONS,
     REACH,
     SHAPES,
@@ -196,7 +197,8 @@ def occluded(rng: np.random.Generator, split: str, seed: int, index: int) -> dic
     colour, shape = look(rng, motion, split)
     radius, speed, hidden = 0.09, 0.011 + 0.002 * rng.random(), 8 + 3.9 * rng.random()
     margin = radius * REACH[shape] + 0.01
-    half = radius * REACH[shape] + 0.5 * hidden * speed
+    wide, high, deep = EXTENT[shape]  # the extent along the motion, not the reach: a square's corners lie across it
+    half = radius * (wide if motion in ("left", "right") else (high + deep) / 2) + 0.5 * hidden * speed
     along, across, bar = 0.5 + 0.02 * (rng.random() - 0.5), margin + (1 - 2 * margin) * rng.random(), 2.0
     dx, dy = DIRECTIONS[motion]
     start = margin + 0.02 * rng.random()

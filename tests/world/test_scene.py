@@ -14,6 +14,7 @@ from minivid.world.parts import COLOURS, EXTENT, MOTIONS, SHAPES, SIZES, TONES, 
 from minivid.world.physics import hit
 from minivid.world.recipes import SPEEDS
 from minivid.world.scene import RECIPES, VARIABLE, draw, stream, vary
+from minivid.world.truth import truth
 
 ALL = sorted(RECIPES)
 
@@ -184,20 +185,16 @@ def test_clear_errors():
 
 
 def test_occluded_bodies_vanish_completely_for_8_to_12_frames():
-    for i in range(40):
+    """Counted on the pixels: the longest run of frames in which nothing of the body can be seen, between seeing it whole."""
+    shapes = set()
+    for i in range(24):
         scene = draw(0, i, "occluded")
-        body, block = scene.bodies[0], scene.occluder
-        places = path(body, 100)
-        behind = (np.abs(places[:, 0] - block.x) + body.reach <= block.half_width) & (
-            np.abs(places[:, 1] - block.y) + body.reach <= block.half_height
-        )
-        clear = (np.abs(places[:, 0] - block.x) - body.reach >= block.half_width) | (
-            np.abs(places[:, 1] - block.y) - body.reach >= block.half_height
-        )
-        first = behind.argmax()
-        gone = np.argmin(np.append(behind[first:], False))
-        assert 8 <= gone <= 12
-        assert clear[:first].sum() >= 4 and clear[first + gone :].any()  # seen whole before and after
+        shapes.add(scene.bodies[0].shape)
+        seen = truth(scene, 32, 60).visible[0].sum((-1, -2)) > 0.02
+        first = int((~seen).float().argmax())
+        gone = int(seen[first:].float().argmax())
+        assert seen[:first].sum() >= 4 and 7 <= gone <= 13, (i, scene.bodies[0].shape, gone)  # a frame less or more: soft edges
+    assert len(shapes) == 4
 
 
 def test_gravity_bodies_fall_by_g_and_bounce_by_e():
