@@ -21,8 +21,12 @@ from .. import world
 from ..world.clips import natural_crops
 from . import text
 
-FOLDER = Path(os.environ.get("MINIVID_RUNS", "runs")) / "corpus"
 CHUNK = 256
+
+
+def runs() -> Path:
+    """The git-ignored folder of everything that can be made again: `runs`, or where MINIVID_RUNS points."""
+    return Path(os.environ.get("MINIVID_RUNS", "runs"))
 
 
 def bytes_of(clip: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
@@ -35,16 +39,15 @@ def clip_of(data: UInt8[Tensor, "..."]) -> Float[Tensor, "..."]:
     return data.float() / 127.5 - 1
 
 
-def scenes(recipe: str, n: int, seed: int = 0, split: str = "train") -> list:
-    """Scenes 0 ... n-1 of a recipe."""
-    return [world.draw(seed, i, recipe, split) for i in range(n)]
+def scenes(recipe: str, n: int, seed: int = 0, split: str = "train", first: int = 0) -> list:
+    """n scenes of a recipe, from number `first` on."""
+    return [world.draw(seed, i, recipe, split) for i in range(first, first + n)]
 
 
 def _chunk(job) -> np.ndarray:
     torch.set_num_threads(1)
     recipe, first, n, size, frames, seed, split = job
-    drawn = [world.draw(seed, i, recipe, split) for i in range(first, first + n)]
-    return bytes_of(world.batch(drawn, size, frames)).numpy()
+    return bytes_of(world.batch(scenes(recipe, n, seed, split, first), size, frames)).numpy()
 
 
 @contextlib.contextmanager
@@ -58,7 +61,7 @@ def _alone(path: Path):
 
 def _kept(name: str, shape: tuple[int, ...], dtype, parts, total: int) -> np.ndarray:
     """The array `name`, from its file or made of `parts` (arrays that follow one another along the first axis)."""
-    path = FOLDER / f"{name}.npy"
+    path = runs() / "corpus" / f"{name}.npy"
     with _alone(path):
         if not path.exists():
             temporary = path.with_suffix(".part")

@@ -1,6 +1,5 @@
 """The one command behind each file of shipped weights: `python -m minivid train NAME`."""
 
-import os
 import platform
 import subprocess
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import fit, weights
+from ..core import corpus, fit, weights
 from . import generators, tokenizers, tokens
 from .recipe import Recipe
 
@@ -62,7 +61,7 @@ def train(name: str, steps: int | None = None, seed: int = 0, device: str | None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model = weights.load(recipe.start) if recipe.start else weights.build(recipe.kind, recipe.settings)
     model = model.requires_grad_(True).train().to(device)
-    path = Path(os.environ.get("MINIVID_RUNS", "runs")) / f"{title}.safetensors"
+    path = corpus.runs() / f"{title}.safetensors"
     if not resume and fit.first():
         path.unlink(missing_ok=True)
     batches, began = recipe.material(device), time.time()

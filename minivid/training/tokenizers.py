@@ -94,7 +94,8 @@ def answers(scene) -> Tensor:
 def recognise(model, batch, generator) -> dict[str, Tensor]:
     """Presence by logistic loss; shape and velocity only of the bodies that are there. A little noise."""
     clip, labels = batch
-    clip = clip + 0.1 * fit.uniform(len(clip), 1, 1, 1, 1, generator=generator) * torch.randn_like(clip)
+    level = 0.1 * fit.uniform(len(clip), 1, 1, 1, 1, generator=generator)
+    clip = clip + level * fit.normal(*clip.shape, generator=generator)  # not randn_like: a resumed run must draw the same
     said = model.answers(clip)
     there = labels[..., 0] > 0
     presence = F.binary_cross_entropy_with_logits(said[..., 0], labels[..., 0])

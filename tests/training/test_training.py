@@ -104,3 +104,13 @@ def test_generation_loss_is_that_of_the_whole_clip_and_drops_captions():
     assert loss == pytest.approx(1.0, abs=0.02)  # the target is noise - 0
     assert torch.equal(seen["t"][:, 0], seen["t"][:, 2])
     assert 0.05 < (seen["text"][:, 0] != 7).float().mean() < 0.16
+
+
+def test_the_recognition_loss_draws_from_its_generator_alone():
+    """Global random state must not matter, or a resumed run would differ from an uninterrupted one."""
+    model, batch = weights.build("features", {"time": 1}), (torch.zeros(2, 3, 4, 16, 16), torch.ones(2, 6, 4))
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(tokenizers.recognise(model, batch, fit.draws(0, 5))["loss"])
+    assert torch.equal(*found)
