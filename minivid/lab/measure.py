@@ -30,9 +30,16 @@ def flops(fn: Callable[[], Any]) -> int:
     Counted from the shapes of the matrix products, convolutions and attention calls that really ran, so a part that is
     skipped costs nothing. Elementwise work is left out, as is usual. Backward passes inside `fn` are counted too.
     """
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    with FlopCounterMode(display=False) as counter:
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only the GPU's kernels by itself
+    formulas = {
+        fused: lambda q, k, v, *rest, **named: sdpa_flop_count(q, k, v),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *rest, **named: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         fn()
     return counter.get_total_flops()
 

@@ -19,6 +19,15 @@ def test_flops_count_only_what_ran():
     assert measure.flops(lambda: [a @ a for _ in range(3)]) == 3 * measure.flops(lambda: a @ a)
 
 
+def test_flops_see_the_fused_attention_and_its_backward_pass():
+    q, k, v = torch.randn(2, 3, 8, 4, requires_grad=True), torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 4)
+    forward = 4 * 2 * 3 * 8 * 6 * 4  # two products of 8 x 6 x 4 multiply-adds a head
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert measure.flops(lambda: attend(q.detach(), k, v)) == forward
+    assert measure.flops(lambda: (q @ k.mT).softmax(-1) @ v) == forward
+    assert measure.flops(lambda: attend(q, k, v).sum().backward()) == 3.5 * forward  # scores once more, then four products
+
+
 def test_tied_parameters_count_once():
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     second.weight = first.weight
