@@ -22,7 +22,7 @@ def _mask(where: Where, heads: int) -> Tensor | None:
     return m if m.shape[1] in (1, heads) else m.repeat_interleave(heads // m.shape[1], 1)
 
 
-def _share(q: Tensor, k: Tensor) -> Tensor:
+def grouped(q: Tensor, k: Tensor) -> Tensor:
     """Grouped heads: every key head serves q heads / k heads query heads."""
     return k if k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
@@ -31,14 +31,14 @@ def dense(
     q: Float[Tensor, "b k n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m e"], where: Where
 ) -> Float[Tensor, "b k n e"]:
     """softmax(q k' / sqrt d) v over the visible keys, by PyTorch's fused kernel. `g` key heads may serve `k` query heads."""
-    return F.scaled_dot_product_attention(q, _share(q, k), _share(q, v), attn_mask=_mask(where, q.shape[1]))
+    return F.scaled_dot_product_attention(q, grouped(q, k), grouped(q, v), attn_mask=_mask(where, q.shape[1]))
 
 
 def scores(
     q: Float[Tensor, "b k n d"], k: Float[Tensor, "b g m d"], where: Where
 ) -> Float[Tensor, "b k n m"]:
     """The attention map itself: row i says what share of its output token i takes from every key."""
-    s = torch.einsum("bknd,bkmd->bknm", q, _share(q, k)) * q.shape[-1] ** -0.5
+    s = torch.einsum("bknd,bkmd->bknm", q, grouped(q, k)) * q.shape[-1] ** -0.5
     m = _mask(where, q.shape[1])
     return (s if m is None else s.masked_fill(~m, -torch.inf)).softmax(-1)
 
@@ -47,7 +47,7 @@ def unfused(
     q: Float[Tensor, "b k n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m e"], where: Where
 ) -> Float[Tensor, "b k n e"]:
     """`dense` written out: for showing maps, and for second derivatives, which the fused kernel doesn't have."""
-    return scores(q, k, where) @ _share(q, v)
+    return scores(q, k, where) @ grouped(q, v)
 
 
 def rotate(x: Float[Tensor, "b k n d"], coords: Tensor, axis: Tensor, freq: Tensor) -> Float[Tensor, "b k n d"]:

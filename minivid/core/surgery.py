@@ -31,14 +31,15 @@ def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """
     inside = lambda m: not isinstance(m, (*HOLDERS, nn.MultiheadAttention)) and any(True for _ in m.children())
     kinds = {type(m) for holder in model.modules() if isinstance(holder, HOLDERS) for m in holder.children() if inside(m)}
-    blocks: list[str] = []
+    blocks, fused = [], []
     for name, module in model.named_modules():
         if type(module) in kinds:
             blocks.append(name + ".")
             yield name, module, "block"
         elif isinstance(module, nn.MultiheadAttention):
+            fused.append(name + ".")
             yield name, module, "attention"
-        elif isinstance(module, LAYERS) and not _fused(model, name):
+        elif isinstance(module, LAYERS) and not name.startswith(tuple(fused)):
             yield name, module, _role(name, module, name.startswith(tuple(blocks)))
 
 
@@ -48,10 +49,6 @@ def _role(name: str, module: nn.Module, in_block: bool) -> str:
     if role is None or role[:2] == "fc" and not in_block:
         return "linear" if isinstance(module, nn.Linear) else "conv"
     return "cross-" + role if role in "qkvo" and any(word.startswith("cross") for word in words) else role
-
-
-def _fused(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:
@@ -191,7 +188,7 @@ def swap(model: nn.Module, new: dict[str, nn.Module | Callable], clock: Clock | 
             raise TypeError(f"{name!r} can be replaced by a module or a function, got a {type(part).__name__}")
         if not callable(getattr(modules.get(parent), last, None)):
             _part(model, name)  # raises
-        if _fused(model, name):
+        if isinstance(modules[parent], nn.MultiheadAttention):
             raise ValueError(f"{name!r} belongs to a fused attention, which never calls it: replace {parent!r} as a whole")
     model = _swapped(model, new)
     if clock is not None:

@@ -32,14 +32,7 @@ def ideal(path, spread=0.5, mean=0.3):
 
 
 @each
-def test_the_right_answer_gives_back_the_clean_clip(path):
-    t = torch.rand(2, 4) * 0.9 + 0.05
-    torch.testing.assert_close(path.clean(path.at(X, EPS, t), t, path.target(X, EPS, t)), X, atol=1e-4, rtol=1e-4)
-
-
-@each
-def test_ends(path):
-    torch.testing.assert_close(path.at(X, EPS, torch.zeros(2, 4)), X)
+def test_other_end(path):
     other = END if path is PATHS["bridge"] else EPS
     torch.testing.assert_close(path.at(X, EPS, torch.ones(2, 4)), other, atol=1e-5, rtol=0)
 
