@@ -105,7 +105,7 @@ def train(name: str, steps: int | None = None, seed: int = 0, device: str | None
     if recipe.end:
         recipe.end(model.eval(), batches)
     made = {
-        "command": f"python -m minivid train {name} --seed {seed} --steps {steps}", "steps": steps, "batch": recipe.batch,
+        "command": f"python -m minivid train {name} --seed {seed} --steps {steps}{' --compile' * compiled}", "steps": steps, "batch": recipe.batch,
         "parameters": sum(p.numel() for p in model.parameters()), "final": log[-1] if log else {},
         "seconds": round(time.time() - began), "resumed_from": log[0]["step"] if log else steps,
         "torch": torch.__version__, "products": str(fast).removeprefix("torch."), "commit": _commit(),
@@ -118,5 +118,6 @@ def train(name: str, steps: int | None = None, seed: int = 0, device: str | None
 
 
 def _commit() -> str:
-    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    here = Path(__file__).parent
+    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     return said.stdout.strip() or "unknown"
