@@ -261,6 +261,13 @@ def test_restarts_are_rows_of_the_pass_and_resume_exactly():
     assert all(torch.equal(v, before[k]) for k, v in part.state_dict().items())
 
 
+def test_half_precision_features_are_averaged_in_full():
+    part, z = VQ(16, 4, decay=0.5, restart=0.1), latent()
+    again = VQ(16, 4, decay=0.5, restart=0.1)
+    part(z.bfloat16()), again(z.bfloat16().float())
+    assert part.codes.dtype == torch.float32 and torch.equal(part.codes, again.codes)
+
+
 def test_fsq_is_the_librarys():
     from vector_quantize_pytorch import FSQ as Theirs
 

@@ -211,6 +211,7 @@ class VQ(nn.Module):
     @torch.no_grad()
     def follow(self, x: Float[Tensor, "n d"], index: Int[Tensor, "n"]) -> None:
         """Move the codes to the running means of what they stand for, then restart those that stand for too little."""
+        x = x.to(self.total)  # sums in half precision would lose most of what they add
         total, count = sums(x, index, self.size)
         seen = torch.cat([total, count[:, None]], 1)
         if dist.is_initialized():
