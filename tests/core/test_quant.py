@@ -357,6 +357,7 @@ def test_allocation_is_brute_force(seed, budgets):
     found = allocate(cost, limits, ties).tolist()
     assert all(total(use, found) <= most + 1e-6 for use, most in limits) and all(found[a] == found[b] for a, b in ties)
     assert total(cost, found) == pytest.approx(min(total(cost, c) for c in legal), abs=1e-6)
+    assert allocate(cost * 1e-9, limits, ties).tolist() == found
 
 
 def test_a_looser_budget_never_costs_more():

@@ -292,7 +292,8 @@ def allocate(
     rows = [LinearConstraint(np.kron(np.eye(l), np.ones(k)), 1, 1)]  # one option a layer
     rows += [LinearConstraint(flat(use)[None], -np.inf, most) for use, most in limits]
     rows += [LinearConstraint(np.kron(np.eye(l)[a] - np.eye(l)[b], np.eye(k)), 0, 0) for a, b in ties]
-    found = milp(flat(cost), integrality=np.ones(l * k), bounds=Bounds(0, 1), constraints=rows)
+    goal = flat(cost) / max(float(cost.abs().max()), 1e-300)  # the solver takes differences below 1e-6 for nothing
+    found = milp(goal, integrality=np.ones(l * k), bounds=Bounds(0, 1), constraints=rows, options={"mip_rel_gap": 0})
     if found.x is None:
         raise ValueError(f"no choice keeps all budgets {[most for _, most in limits]} ({found.message})")
     return torch.from_numpy(found.x.reshape(l, k).argmax(1))
