@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivid.core import weights
-from minivid.core.baselines.vq import VQ, ResidualVQ, kmeans, nearest, straight
+from minivid.core.baselines.vq import FSQ, VQ, ResidualVQ, kmeans, nearest, straight
 from minivid.core.tokenizer import Tokenizer
 from minivid.lab import measure
 
@@ -36,6 +36,7 @@ BOTTLENECKS = {
     "means, unit": lambda: VQ(16, 4, decay=0.9, restart=0.1, unit=True),
     "restart": lambda: VQ(16, 4, decay=0.9, restart=0.1),
     "residual": lambda: ResidualVQ(VQ(16, 4), VQ(8, 4, seed=1)),
+    "scalar": lambda: FSQ((4, 4, 4, 4)),
 }
 each = pytest.mark.parametrize("make", BOTTLENECKS.values(), ids=BOTTLENECKS)
 
@@ -62,7 +63,7 @@ def test_it_stands_in_a_tokenizer(make):
     clip = torch.rand(1, 3, 2, 16, 16) * 2 - 1
     _, codes, losses = tok(clip)
     torch.testing.assert_close(tok.decode(tok.bottleneck.lookup(codes)), tok.decode(tok.encode(clip)))
-    assert {"commit", "lean"} <= set(losses)
+    assert {"commit", "lean"} <= set(losses) or not tok.bottleneck(tok.features(clip))[2]
 
 
 def test_straight_is_exact_and_passes_the_gradient():
@@ -270,8 +271,6 @@ def test_half_precision_features_are_averaged_in_full():
 
 def test_fsq_is_the_librarys():
     from vector_quantize_pytorch import FSQ as Theirs
-
-    from minivid.core.baselines.vq import FSQ
 
     levels, z = (8, 5, 4), latent(2, 3) * 2
     ours, theirs = FSQ(levels), Theirs(list(levels))
