@@ -44,7 +44,9 @@ class Picture:
     def __init__(
         self, image: Image.Image, text: str, alt: str, film: Callable[[], list[Image.Image]] | None = None, fps: int = 8
     ):
-        self.image, self.text, self.alt, self._film, self.fps = image.convert("RGB"), text, alt, film, fps
+        self.image, self.text, self.alt, self._film, self.fps = image, text, alt, film, fps
+        if image.mode != "P":  # an image in few colours stays so
+            self.image = image.convert("RGB")
 
     def __repr__(self) -> str:
         return self.text
@@ -57,8 +59,10 @@ class Picture:
     @cached_property
     def png(self) -> bytes:
         """The still as PNG bytes, the same on every run."""
+        few = self.image.getcolors(256)  # then a byte a pixel does, and the file is a third as large
+        image = self.image.convert("P", palette=Image.Palette.ADAPTIVE, colors=len(few)) if few else self.image
         out = io.BytesIO()
-        self.image.save(out, "PNG")  # optimize=True saves 3 % of the bytes and takes 8 times as long: knobs would lag
+        image.save(out, "PNG")  # optimize=True saves 3 % of the bytes and takes 8 times as long: knobs would lag
         return out.getvalue()
 
     @cached_property
