@@ -105,12 +105,13 @@ def improving(
     for k in range(min(8, len(worst))):  # filter 2: a pair must push the worst row down, the next ones nearly so ...
         alive &= a[:, k, None] + c[:, k] < room[k]
     i, j = np.nonzero(alive)
-    left = (a[i, 8:] + c[j, 8:] < room[8:]).all(1)  # ... and the rest is looked at for what the first eight left over
-    i, j = i[left], j[left]
-    seen, here, more = np.empty(len(i)), first[:, rows], second[:, rows]
+    for part in (slice(8, 24), slice(24, None)):  # ... and the rest is looked at for the pairs that the first eight left over
+        left = (a[i, part] + c[j, part] < room[part]).all(1)
+        i, j = i[left], j[left]
+    seen = np.empty(len(i))
     for part in range(0, len(i), 2048):
-        some = slice(part, part + 2048)
-        seen[some] = np.abs(D[rows] + here[i[some]] + more[j[some]]).max(1, initial=0.0)
+        here, there = (np.ix_(m[part : part + 2048], rows) for m in (i, j))
+        seen[part : part + 2048] = np.abs(D[rows] + first[here] + second[there]).max(1, initial=0.0)
     return i[seen < below], j[seen < below], rows, len(i)
 
 
@@ -121,7 +122,7 @@ class MinMax:
     for shapes that don't fit and for levels that don't ascend.
     """
 
-    def __init__(self, A: Float[Array, "K n"], b: Float[Array, "K"], levels: Float[Array, "q"]):
+    def __init__(self, A: Array, b: Array, levels: Array):  # shapes are checked here, with a sentence
         self.A, self.b, self.levels = (np.ascontiguousarray(x, np.float64) for x in (A, b, levels))
         if self.A.ndim != 2 or self.b.shape != self.A.shape[:1] or self.levels.ndim != 1 or len(self.levels) < 2:
             raise ValueError(f"expected A `K n`, b `K` and two levels or more, got {A.shape}, {b.shape}, {levels.shape}")
@@ -151,10 +152,11 @@ class MinMax:
         """Tables of pairs of moves, in the order in which they are tried. A single step is a pair with nothing."""
         nothing = Moves(np.array([-1]), np.array([0]), np.zeros((1, len(self.b))))
         up, down = np.flatnonzero(z < len(self.levels) - 1), np.flatnonzero(z > 0)
-        single = lambda: self.moves(z, np.r_[up, down], np.r_[np.ones_like(up), -np.ones_like(down)])
+        if set(kinds) & {"step", "pair"}:
+            single = self.moves(z, np.r_[up, down], np.r_[np.ones_like(up), -np.ones_like(down)])
         for kind in kinds:
             if kind != "swap":
-                yield single(), nothing if kind == "step" else single()
+                yield single, nothing if kind == "step" else single
                 continue
             for level in range(len(self.levels) - 1):
                 low, high = np.flatnonzero(z == level), np.flatnonzero(z == level + 1)
@@ -168,7 +170,7 @@ class MinMax:
             score = gains[0][:, None] + gains[1] + 2 * first.add @ second.add.T
             score[first.variable[:, None] == second.variable] = 0  # a variable moves once
             i, j = np.unravel_index(score.argmin(), score.shape)
-            return (i, j) if score[i, j] < -how.gain * s.squares else None
+            return (int(i), int(j)) if score[i, j] < -how.gain * s.squares else None
         i, j, rows, left = improving(s.D, first.add, second.add, s.t * (1 - how.gain), how.top)
         s.rows.append(1 - len(rows) / len(s.D))
         s.pairs.append(1 - left / (len(first.by) * len(second.by)))
@@ -179,7 +181,7 @@ class MinMax:
         if how.guard:
             score[(after**2).sum(1) > s.squares] = np.inf
         at = score.argmin() if len(score) else 0
-        return (i[at], j[at]) if len(score) and score[at] < np.inf else None
+        return (int(i[at]), int(j[at])) if len(score) and score[at] < np.inf else None
 
     def descend(self, s: State, how: Search, look: Callable[[State], None] = lambda s: None) -> State:
         """Take the best pair of the first table that has one, and begin again; until no table has one. Changes s."""
@@ -219,13 +221,14 @@ class MinMax:
 
     def scatter(self, s: State, chosen: Int[Array, "d"], dice: np.random.Generator) -> None:
         """Repair: each chosen variable goes one level up, down, or stays. Changes s."""
-        for j, by in zip(chosen, dice.integers(-1, 2, len(chosen)), strict=True):
-            self.put(s, j, min(max(s.z[j] + by, 0), len(self.levels) - 1))
+        by = dice.integers(-1, 2, len(chosen))
+        for j, code in zip(chosen.tolist(), (s.z[chosen] + by).clip(0, len(self.levels) - 1).tolist(), strict=True):
+            self.put(s, j, code)
 
     def greedy(self, s: State, chosen: Int[Array, "d"], dice: np.random.Generator) -> None:
         """Repair: each chosen variable goes to the better of its two neighbouring levels, unless t gets worse. Changes s."""
-        for j in chosen:
-            near = [code for code in (s.z[j] - 1, s.z[j] + 1) if 0 <= code < len(self.levels)]
+        for j in chosen.tolist():
+            near = [code for code in (int(s.z[j]) - 1, int(s.z[j]) + 1) if 0 <= code < len(self.levels)]
             steps = self.levels[near] - self.levels[s.z[j]]
             after = np.abs(s.D + steps[:, None] * self.columns[j]).max(1)
             if after.min() <= s.t:
