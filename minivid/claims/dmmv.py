@@ -51,13 +51,13 @@ ITERATIONS = {12: 300, 20: 300, 30: 300, 60: 3000, 100: 1000}
 
 
 def design(seed: int, fast: bool, order: int) -> tuple:
-    return paper.fir(8, 3, EDGES[seed]) if fast else paper.fir(order, (SMALL | LARGE)[order], EDGES[seed])
+    return paper.fir(12, 4, EDGES[seed]) if fast else paper.fir(order, (SMALL | LARGE)[order], EDGES[seed])
 
 
 @lru_cache(16)
 def searched(seed: int, fast: bool, order: int, moves: tuple) -> paper.Found:
     problem, real = design(seed, fast, order)
-    how = Search(moves, guard=False, destroy=0.25, iterations=10 if fast else ITERATIONS[order])
+    how = Search(moves, guard=False, destroy=0.25, iterations=20 if fast else ITERATIONS[order])
     return problem.search(problem.nearest(real), how, seed)
 
 
@@ -65,13 +65,13 @@ def filters(seed, fast, how, order):
     """Ripple, the least ripple that is proved impossible to beat, whether it is the optimum, seconds, dB to the real filter."""
     problem, real = design(seed, fast, order)
     start = problem.nearest(real)
-    search = searched(seed, fast, order, ("step", "swap") if how == "search, no pairs" else ("step", "pair"))
-    found = search
     if how == "rounded":
         found = paper.Found(start, problem.state(start).t, 0.0)
-    elif how.startswith("HiGHS"):
-        seconds = 60.0 if order in SMALL or fast else search.seconds
-        found = problem.exact(seconds, search.codes if how == "HiGHS with a cut-off" else None)
+    else:
+        found = searched(seed, fast, order, ("step", "swap") if how == "search, no pairs" else ("step", "pair"))
+    if how.startswith("HiGHS"):
+        seconds = 60.0 if order in SMALL or fast else found.seconds
+        found = problem.exact(seconds, found.codes if how == "HiGHS with a cut-off" else None)
     return {"ripple": found.t, "bound": found.bound, "proven": found.proven, "seconds": found.seconds,
             "psnr": downscaled(problem.levels[found.codes], real, seed)}  # fmt: skip
 
@@ -115,7 +115,7 @@ def some(x: torch.Tensor, n: int, seed: int) -> torch.Tensor:
     return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n]]
 
 
-def chooser(seed: int, fast: bool, how: str, rows: int):
+def chooser(seed: int, fast: bool, how: str, rows: int, iterations: int):
     """Codes of a layer's weight, from (layer, inputs): the nearest, GPTQ's, or searched from GPTQ's on some inputs."""
 
     def choose(linear, x):
@@ -126,7 +126,8 @@ def chooser(seed: int, fast: bool, how: str, rows: int):
         codes = quant.gptq(w, x.double().T @ x.double(), s)
         if how != "gptq":
             few = slice(0, 3 if fast else None)  # the fast form searches three rows
-            mine, way = s._replace(step=s.step[few], offset=s.offset[few]), Search(iterations=3 if fast else 60, **HOW[how])
+            way = Search(iterations=3 if fast else iterations, **HOW[how])
+            mine = s._replace(step=s.step[few], offset=s.offset[few])
             codes[few] = paper.layer(w[few], some(x, rows, seed), mine, codes[few], way, seed)
         return codes, s
 
@@ -146,7 +147,7 @@ def video(seed, fast, how):
     """Two layers of `video` in 3 bits: their errors, and the model's."""
     model, fitted, unseen = loaded("video"), calls(seed, fast, "train"), calls(seed, fast, "held-out")
     names, few = LAYERS[:1] if fast else LAYERS, 128 if fast else 1024
-    small = paper.quantised(model, names, fitted, chooser(seed, fast, how, few))
+    small = paper.quantised(model, names, fitted, chooser(seed, fast, how, few, 120))
     found: dict[str, float] = {}
     for name in names:
         seen = [paper.Inputs(), paper.Inputs()]
@@ -166,7 +167,7 @@ def gaussian(seed, fast, how):
     fitted, unseen = torch.randn(2, 128 if fast else 512, n, generator=dice) @ spread.T
     linear = torch.nn.Linear(n, 32, bias=False)
     linear.weight.data = torch.randn(32, n, generator=dice) * n**-0.5
-    codes, s = chooser(seed, fast, how, len(fitted))(linear, fitted)
+    codes, s = chooser(seed, fast, how, len(fitted), 300)(linear, fitted)
     return errors(linear.weight.detach(), quant.dequantise(codes, s), fitted, unseen)
 
 

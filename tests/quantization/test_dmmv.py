@@ -1,4 +1,4 @@
-"""DMMV: tiny problems are solved to the optimum, both filters are safe, the search keeps its laws, three tasks are what they say."""
+"""DMMV: tiny problems are solved to the optimum, both filters are safe, the search keeps its laws, the three tasks are right."""
 
 import itertools
 from dataclasses import replace
