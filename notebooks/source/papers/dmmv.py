@@ -47,11 +47,13 @@ truth, A = claim.pictures(0, False)[40], paper.projections(16, 16)
 rays = MinMax(A, A @ truth + np.random.default_rng(0).uniform(-1.5, 1.5, len(A)), np.array([0.0, 1.0]))
 grey = paper.sart(A, rays.b, 16, 60)
 start, way = rays.nearest(grey), Search(destroy=0.02, iterations=150)
-squares = rays.search(start, Search(objective="squares", destroy=0.02, iterations=150)).codes
-answers = {"the digit": truth, "SART, a classic": grey, "rounded": start, "least squares, searched": squares,
-           "DMMV": rays.search(start, way).codes}  # fmt: skip
+squares = Search(objective="squares", destroy=0.02, iterations=150)
+answers = {"the digit": truth, "SART, a classic": grey, "the same, rounded": start,
+           "searched: squares": rays.search(start, squares).codes,
+           "searched: the worst": rays.search(start, way).codes}  # fmt: skip
 
 
+# %%
 def tiles(axes):
     for i, (name, x) in enumerate(answers.items()):
         axes[i].imshow(x.reshape(16, 16), cmap="gray", vmin=0, vmax=1)
@@ -66,6 +68,9 @@ wrong = ", ".join(f"{name} {np.abs(np.round(x) - truth).sum():.0f}" for name, x 
 plots.figure(tiles, (8.2, 3.7), "a digit and four answers", f"A digit and four answers. Pixels wrong: {wrong}.", (2, 5))
 
 # %% [markdown]
+# SART (1984) solves for grey values and is good at it; it doesn't know that pixels are black or white. The two searches do, and
+# begin at its rounded answer. One looks for the least sum of squares. The other asks only that *no ray is wrong by much*.
+#
 # ## You have not read the paper: how would you do it?
 #
 # <details><summary>Three answers</summary>
@@ -94,7 +99,6 @@ print("DMMV, 5 bits                    ", f"{found.t:.3f}")
 # Each coefficient is right to half a step, and the sum is wrong by six. Errors of neighbours could cancel: that is what a
 # search is for. **Turn the bits**: real-valued (black), rounded (orange), searched (blue), and the corridor of ± t.
 
-
 # %%
 designs = {bits: paper.fir(20, bits) for bits in range(3, 11)}
 found = {bits: p.search(p.nearest(x), Search(("step", "pair"), guard=False, destroy=0.25, iterations=60))
@@ -104,6 +108,7 @@ curve = paper.gain(w, 10)
 decibel = lambda x: 20 * np.log10(np.maximum(np.abs(x), 1e-4))
 
 
+# %%
 def response(bits):
     (p, x), t = designs[bits], found[bits].t
     ways = {"real-valued": x, "rounded": p.levels[p.nearest(x)], "searched": p.levels[found[bits].codes]}
@@ -120,7 +125,7 @@ def response(bits):
     return plots.figure(draw, (7, 3.1), f"{bits} bits", f"With {bits} bits the searched filter has a ripple of {t:.3f}.")
 
 
-play.knobs(response, settled=[{"bits": bits} for bits in (3, 5, 9)], bits=play.IntRange(3, 10, 5))
+play.knobs(response, settled=[{"bits": bits} for bits in (4, 5, 8)], bits=play.IntRange(3, 10, 5))
 
 # %% [markdown]
 # ## The idea
@@ -152,8 +157,9 @@ show.source(paper.improving, MinMax.descend)
 # ## Same start, one word swapped
 #
 # A real layer: one output of an attention layer of our video model has 128 weights; 3 bits each. $A$ is what the layer gets
-# (1,024 tokens of noisy clips), $b$ what the output should be. We begin with the codes of GPTQ, a strong method that
-# minimises squares, and search on, for squares or for the maximum.
+# (1,024 tokens of noisy clips), $b$ what the output should be. From the rounded weights we search on: for the maximum, with
+# and without a guard that forbids moves which raise the sum of squares; and for squares. Beside them GPTQ, which doesn't
+# search: it rounds one weight after the other and lets the rest make good for it.
 
 # %%
 model, name = claim.loaded("video"), claim.LAYERS[0]
@@ -168,17 +174,18 @@ fitted, unseen = (claim.some(x, 1024, 0).double().numpy() for x in seen)
 
 # %%
 def one(o):
-    """The problem of output o, GPTQ's codes, and how codes err on inputs that were not fitted."""
+    """The problem of output o, rounded codes, GPTQ's codes, and how codes err on inputs that were not fitted."""
     levels, weight = (s.offset[o] + s.step[o] * torch.arange(8)).double().numpy(), linear.weight[o].detach().double().numpy()
     gap = lambda z: unseen @ (levels[z] - weight)
-    return MinMax(fitted, fitted @ weight, levels), codes[o].numpy(), gap
+    problem = MinMax(fitted, fitted @ weight, levels)
+    return problem, problem.nearest(weight), codes[o].numpy(), gap
 
 
-row, gptq, gap = one(5)
-walks = {}
+row, begin, gptq, gap = one(0)
+walks = {"rounded": [begin], "GPTQ": [gptq]}
 for goal, how in {"max, guarded": {}, "max alone": {"guard": False}, "squares": {"objective": "squares"}}.items():
-    states = [gptq]
-    row.search(gptq, Search(iterations=120, **how), 0, lambda now, states=states: states.append(now.z.copy()))
+    states = [begin]
+    row.search(begin, Search(iterations=120, **how), 0, lambda now, states=states: states.append(now.z.copy()))
     walks[goal] = [states[i] for i in np.linspace(0, len(states) - 1, 13).round().astype(int)]
 for goal, states in walks.items():
     D, new = row.state(states[-1]).D, gap(states[-1])
@@ -188,65 +195,69 @@ for goal, states in walks.items():
 # %% [markdown]
 # ## The bar-code
 #
-# All 1,024 errors, sorted: left those that were fitted, right those of inputs never seen; dashed, GPTQ's. **Turn the
-# progress up** and watch the top of the left one flatten into a plateau, where many errors are equally bad. Then look right.
-# The *guard* forbids moves that raise the sum of squares. What does it do to the rms?
+# The 150 largest errors, sorted: left of inputs that were fitted, right of inputs never seen; dashed, those of GPTQ. **Turn
+# the progress up** and watch the top of the left one flatten into a plateau, where many errors are nearly as bad as
+# the worst and none can be made smaller alone. Then look right. What does the guard do there? Which goal would you choose?
 
 
 # %%
 def barcode(goal, progress):
-    z, begin = walks[goal][progress], walks[goal][0]
-    pairs = {"fitted inputs": [np.sort(np.abs(row.state(c).D))[::-1] for c in (begin, z)],
-             "inputs not seen": [np.sort(np.abs(gap(c)))[::-1] for c in (begin, z)]}  # fmt: skip
-    top = max(max(one.max() for one in pair) for pair in pairs.values())
+    z = walks[goal][progress]
+    pairs = {"fitted inputs": [np.sort(np.abs(row.state(c).D))[::-1] for c in (gptq, z)],
+             "inputs not seen": [np.sort(np.abs(gap(c)))[::-1] for c in (gptq, z)]}  # fmt: skip
+    top = max(np.abs(row.state(begin).D).max(), np.abs(gap(begin)).max())
 
     def draw(axes):
         for ax, (title, (old, now)) in zip(axes, pairs.items(), strict=True):
-            ax.fill_between(range(1024), now, step="mid", color="#0072B2", lw=0)
-            ax.plot(old, color="#E69F00", ls="--", lw=1.5)
+            ax.vlines(range(150), 0, now[:150], color="#0072B2", lw=1.3, label=f"searched: {goal}")
+            ax.plot(old[:150], color="#E69F00", ls="--", lw=1.5, label="GPTQ")
             ax.axhline(now.max(), color="black", lw=0.8)
             ax.set_title(f"{title}: t = {now.max():.3f}, rms {(now**2).mean() ** 0.5:.3f}", fontsize=9)
-            ax.set(xlabel="errors, the largest first", ylim=(0, 1.1 * top), ylabel="|D|")
+            ax.set(xlabel="errors, the largest first", ylim=(0, 1.05 * top), ylabel="|D|")
+        axes[1].legend(loc="upper right", frameon=False)
 
-    alt = f"{goal}, {progress} of 12: the worst error is {row.state(z).t:.3f}; GPTQ's {row.state(begin).t:.3f}."
+    alt = f"{goal}, {progress} of 12: the worst error is {row.state(z).t:.3f}; GPTQ's {row.state(gptq).t:.3f}."
     return plots.figure(draw, (8.2, 2.7), f"bar-code, {goal}", alt, (1, 2))
 
 
-settled = [dict(goal=goal, progress=i) for goal, i in (("max, guarded", 2), ("max, guarded", 12), ("max alone", 12))]
-play.knobs(barcode, settled=settled, goal=play.Choice(list(walks)), progress=play.IntRange(0, 12, 12))
+settled = [dict(goal=goal, progress=i) for goal, i in (("max, guarded", 0), ("max, guarded", 12), ("max alone", 12))]
+play.knobs(barcode, settled=settled, goal=play.Choice(list(walks)[2:]), progress=play.IntRange(0, 12, 12))
 
 # %% [markdown]
 # ## What the filters throw away
 
 # %%
-states = []
-row.search(gptq, Search(iterations=30), 0, lambda now: states.append(now))
-shares = {"rows, by filter 1": states[-1].rows, "pairs, by filter 2": states[-1].pairs}
-chunks = {name: [100 * part.mean() for part in np.array_split(np.array(x), 20)] for name, x in shares.items()}
-show.lines({name: (range(5, 101, 5), y) for name, y in chunks.items()}, "progress of the search, %", "dropped, %")
+looks = []
+row.search(begin, Search(iterations=60), 0, lambda now: looks.append((len(now.rows), now)))
+ends, last = [n for n, _ in looks][-60::3], looks[-1][1]
+shares = {"rows, by filter 1": last.rows, "pairs, by filter 2": last.pairs}
+means = {name: [100 * np.mean(x[a:b]) for a, b in itertools.pairwise(ends)] for name, x in shares.items()}
+show.lines({name: (range(3, 60, 3), y) for name, y in means.items()}, "iteration", "dropped, %")
 
 # %% tags=["nbval-ignore-output"]
-run = lambda top: row.search(gptq, Search(iterations=10, top=top))
+run = lambda top: row.search(begin, Search(iterations=3, top=top))
 print(f"with both filters {measure.ratio(lambda: run(0), lambda: run(100), 5).median:.1f} times as fast, same codes:",
       (run(0).codes == run(100).codes).all())  # fmt: skip
 
 # %% [markdown]
 # ## Predict, then run
 #
-# On the inputs that it was fitted to, the search takes a third off GPTQ's worst error. **Predict:** averaged over eight
-# outputs, what is left of that third on inputs that it has not seen?
+# Now we begin at GPTQ's codes and search for the maximum. On the fitted inputs the worst error falls by a good part.
+# **Predict:** over eight outputs, by how much does it fall on inputs that were not seen?
 
 # %%
 change = {"fitted": [], "unseen": []}
 for o in range(8):
-    problem, begin, error = one(o)
-    z = problem.search(begin, Search(iterations=40), o).codes
-    change["fitted"].append(problem.state(z).t / problem.state(begin).t)
-    change["unseen"].append(np.abs(error(z)).max() / np.abs(error(begin)).max())
+    problem, _, start, error = one(o)
+    z = problem.search(start, Search(iterations=40), o).codes
+    change["fitted"].append(problem.state(z).t / problem.state(start).t)
+    change["unseen"].append(np.abs(error(z)).max() / np.abs(error(start)).max())
 print({name: f"{100 * np.mean(x) - 100:+.0f} %" for name, x in change.items()})
 
 # %% [markdown]
-# The largest of 1,024 numbers is one number: it says little about the next 1,024, if the inputs have heavy tails.
+# 128 free choices against 1,024 errors, of which only the few largest count: it is easy to please those few. The largest of
+# 1,024 numbers says little about the next 1,024, most of all where a few inputs are much longer than the others. In the
+# tomography above this wasn't so: there the noise had a hard limit, and the limit is just what the maximum measures.
 #
 # ## Exercise
 #
@@ -318,7 +329,8 @@ for test in filter(lambda test: test["counts"], result["tests"]):
     print(f"{test['verdict']:15} {test['name']}")
 print("In all:", result["verdict"])
 value = lambda arm, metric: result["arms"][arm]["values"][metric]
-ripples = {f"{n} taps, {way}": value(f"{way}, {n}", "ripple") for n in claim.LARGE for way in ("rounded", "HiGHS", "search")}
+arms = [f"{way}, order {n}" for n in claim.LARGE for way in ("rounded", "HiGHS", "search")]
+ripples = {arm: value(arm, "ripple") for arm in arms}
 show.bars(ripples, "ripple (a dot a pair of edges)", "Filters too large to be proved optimal")
 
 # %%
