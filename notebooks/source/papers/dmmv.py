@@ -53,7 +53,7 @@ answers = {"the digit": truth, "SART, a classic": grey, "the same, rounded": sta
            "searched: the worst": rays.search(start, way).codes}  # fmt: skip
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def tiles(axes):
     for i, (name, x) in enumerate(answers.items()):
         axes[i].imshow(x.reshape(16, 16), cmap="gray", vmin=0, vmax=1)
@@ -172,7 +172,7 @@ codes, s = claim.chooser(0, False, "gptq", 1024, 0)(linear, seen[0])
 fitted, unseen = (claim.some(x, 1024, 0).double().numpy() for x in seen)
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def one(o):
     """The problem of output o, rounded codes, GPTQ's codes, and how codes err on inputs that were not fitted."""
     levels, weight = (s.offset[o] + s.step[o] * torch.arange(8)).double().numpy(), linear.weight[o].detach().double().numpy()
@@ -203,23 +203,24 @@ for goal, states in walks.items():
 # %%
 def barcode(goal, progress):
     z = walks[goal][progress]
-    pairs = {"fitted inputs": [np.sort(np.abs(row.state(c).D))[::-1] for c in (gptq, z)],
-             "inputs not seen": [np.sort(np.abs(gap(c)))[::-1] for c in (gptq, z)]}  # fmt: skip
+    down = lambda error: [np.sort(np.abs(error(codes)))[::-1] for codes in (gptq, z)]
+    pairs = {"fitted inputs": down(lambda codes: row.state(codes).D), "inputs not seen": down(gap)}
     top = max(np.abs(row.state(begin).D).max(), np.abs(gap(begin)).max())
 
     def draw(axes):
         for ax, (title, (old, now)) in zip(axes, pairs.items(), strict=True):
+            ax.axhline(now.max(), color="black", lw=0.8)
             ax.vlines(range(150), 0, now[:150], color="#0072B2", lw=1.3, label=f"searched: {goal}")
             ax.plot(old[:150], color="#E69F00", ls="--", lw=1.5, label="GPTQ")
-            ax.axhline(now.max(), color="black", lw=0.8)
-            ax.set_title(f"{title}: t = {now.max():.3f}, rms {(now**2).mean() ** 0.5:.3f}", fontsize=9)
-            ax.set(xlabel="errors, the largest first", ylim=(0, 1.05 * top), ylabel="|D|")
+            said = f"{title}: t = {now.max():.3f}, rms {(now**2).mean() ** 0.5:.3f}"
+            ax.set(title=said, xlabel="errors, the largest first", ylim=(0, 1.05 * top), ylabel="|D|")
         axes[1].legend(loc="upper right", frameon=False)
 
     alt = f"{goal}, {progress} of 12: the worst error is {row.state(z).t:.3f}; GPTQ's {row.state(gptq).t:.3f}."
     return plots.figure(draw, (8.2, 2.7), f"bar-code, {goal}", alt, (1, 2))
 
 
+# %% tags=["nbval-ignore-output"]
 settled = [dict(goal=goal, progress=i) for goal, i in (("max, guarded", 0), ("max, guarded", 12), ("max alone", 12))]
 play.knobs(barcode, settled=settled, goal=play.Choice(list(walks)[2:]), progress=play.IntRange(0, 12, 12))
 
@@ -245,7 +246,7 @@ print(f"with both filters {measure.ratio(lambda: run(0), lambda: run(100), 5).me
 # Now we begin at GPTQ's codes and search for the maximum. On the fitted inputs the worst error falls by a good part.
 # **Predict:** over eight outputs, by how much does it fall on inputs that were not seen?
 
-# %%
+# %% tags=["nbval-ignore-output"]
 change = {"fitted": [], "unseen": []}
 for o in range(8):
     problem, _, start, error = one(o)
@@ -276,7 +277,7 @@ def may_improve(D, first, second):
 # %% tags=["exercise-check"]
 import numpy as np
 
-dice = np.random.default_rng(0)
+dice = np.random.default_rng(2)
 D, first, second = dice.standard_normal(40), 0.3 * dice.standard_normal((20, 40)), 0.3 * dice.standard_normal((20, 40))
 kept = may_improve(D, first, second)
 better = np.array([[np.abs(D + a + b).max() < np.abs(D).max() for b in second] for a in first])
