@@ -1,8 +1,8 @@
 """DMMV: one search, three tasks: filters against HiGHS, 3-bit layers of `video` against GPTQ, tomography under two noises.
 
 Filters. A seed is another pair of edges. The search gets a number of iterations; HiGHS then gets the seconds that they took (for
-the three small filters a minute, to prove its optimum), one thread each, so what HiGHS finds depends on the machine. It is also
-tried with the search's ripple as a cut-off. `psnr` (dB) is what the filter is for: natural frames are scaled down by two, with
+the three small filters a minute, to prove its optimum), so what it finds depends on the machine. It is also tried with the
+search's ripple as a cut-off. `psnr` (dB) is what the filter is for: natural frames are scaled down by two, with
 the short filter (divided by its sum, so that brightness stays) and with the real-valued one.
 
 Layers. A seed is another set of clips, noises and times. All arms round to the same grid of 8 levels a row, clipped for the

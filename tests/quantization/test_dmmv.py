@@ -151,12 +151,12 @@ def test_the_worst_variable_is_the_one_that_pushes_hardest():
 @settings(max_examples=15)
 @given(SEEDS, st.integers(-20, 20))
 def test_scale_changes_nothing(seed, power):
-    p, z = problem(seed, n=20, rows=50, q=5)
-    c, how = 2.0**power, Search(("step", "swap"), destroy=0.2, iterations=20)
+    p, z = problem(seed)
+    c, how = 2.0**power, Search(("step", "swap"), destroy=0.5, iterations=20)  # powers of two, so that nothing is rounded anew
     scaled = MinMax(c * p.A, c * p.b, p.levels)
     one, other = p.search(z, how, 1), scaled.search(z, how, 1)
     assert (one.codes == other.codes).all() and other.t == c * one.t
-    assert scaled.exact(5).t == pytest.approx(c * p.exact(5).t) if len(z) < 9 else True
+    assert scaled.exact().t == pytest.approx(c * p.exact().t)
 
 
 @settings(max_examples=10)

@@ -95,11 +95,13 @@ def improving(
     """Pairs (i, j) with max_k |D_k + first_ik + second_jk| < below, all of them; rows looked at, and pairs left by filter 2.
 
     below: at most max|D|, so that each pair is an improvement
+    Both filters allow for rounding (`tight`, `loose`); what they leave is computed and compared exactly.
     """
+    tight, loose = below * (1 - 1e-12), below * (1 + 1e-12)
     high, low = D + first.max(0) + second.max(0), D + first.min(0) + second.min(0)
-    rows = np.flatnonzero((high >= below) | (low <= -below)) if top else np.arange(len(D))  # filter 1
+    rows = np.flatnonzero((high >= tight) | (low <= -tight)) if top else np.arange(len(D))  # filter 1
     worst = rows[np.argsort(-np.abs(D[rows]))[:top]]
-    sign, room = np.where(D[worst] < 0, -1.0, 1.0), below - np.abs(D[worst])
+    sign, room = np.where(D[worst] < 0, -1.0, 1.0), loose - np.abs(D[worst])
     a, c = first[:, worst] * sign, second[:, worst] * sign
     alive = np.ones((len(a), len(c)), bool)
     for k in range(min(8, len(worst))):  # filter 2: a pair must push the worst row down, the next ones nearly so ...
