@@ -58,7 +58,7 @@ def tiles(axes):
     for i, (name, x) in enumerate(answers.items()):
         axes[i].imshow(x.reshape(16, 16), cmap="gray", vmin=0, vmax=1)
         axes[i].set_title(name, fontsize=9)
-        axes[i + 5].imshow(canvas.signed((x - truth).reshape(16, 16), 1))
+        axes[i + 5].imshow(canvas.signed((x - truth).reshape(16, 16), 2))
         axes[i + 5].set_xlabel(f"{np.abs(np.round(x) - truth).sum():.0f} pixels wrong")
     for ax in axes:
         ax.set(xticks=[], yticks=[])
@@ -77,7 +77,7 @@ plots.figure(tiles, (8.2, 3.7), "a digit and four answers", f"A digit and four a
 #
 # Solve for real numbers, then round. Or minimise the sum of squares, which every library can. Or write it as an integer program
 # (minimise $t$, with $-t \le A_k x - b_k \le t$) and let a solver prove the optimum: with 16 unknowns that takes seconds,
-# with 50 it takes forever.
+# with 50 far too long.
 #
 # </details>
 #
@@ -96,8 +96,8 @@ found = problem.search(z, Search(("step", "pair"), guard=False, destroy=0.25, it
 print("DMMV, 5 bits                    ", f"{found.t:.3f}")
 
 # %% [markdown]
-# Each coefficient is right to half a step, and the sum is wrong by six. Errors of neighbours could cancel: that is what a
-# search is for. **Turn the bits**: real-valued (black), rounded (orange), searched (blue), and the corridor of ± t.
+# Each coefficient is right to half a step, and the response is wrong by five whole ones. Errors could cancel instead: that is
+# what a search is for. **Turn the bits**: real-valued (black), rounded (orange), searched (blue), and the corridor of ± t.
 
 # %%
 designs = {bits: paper.fir(20, bits) for bits in range(3, 11)}
