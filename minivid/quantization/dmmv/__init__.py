@@ -15,4 +15,4 @@ Differs: all thresholds are relative, as absolute ones stop small-scale problems
 """
 
 from .solver import Found, MinMax, Moves, Search, State, improving
-from .uses import Inputs, fir, gain, layer, projections, quantised, sart, taps
+from .uses import Inputs, dart, fir, gain, layer, projections, quantised, sart, taps

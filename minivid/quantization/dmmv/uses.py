@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy import ndimage
 from scipy.signal import remez
 from torch import Tensor, nn
 
@@ -81,15 +82,40 @@ def projections(side: int, angles: int) -> Float[Array, "K n"]:
     return np.concatenate(views).reshape(angles * side, -1)
 
 
-def sart(A: Float[Array, "K n"], b: Float[Array, "K"], angles: int, rounds: int = 100, most: float = 1.0) -> Float[Array, "n"]:
-    """Pixels in [0, most] by simultaneous algebraic reconstruction, an angle at a time (Andersen & Kak 1984)."""
-    x = np.zeros(A.shape[1])
+def sart(
+    A: Float[Array, "K n"], b: Float[Array, "K"], angles: int, rounds: int = 100, most: float = 1.0,
+    x: Float[Array, "n"] | None = None,
+) -> Float[Array, "n"]:  # fmt: skip
+    """Pixels in [0, most] by simultaneous algebraic reconstruction, an angle at a time (Andersen & Kak 1984), from x or zeros."""
+    x = np.zeros(A.shape[1]) if x is None else x
     views = [(part, y) for part, y in zip(np.split(A, angles), np.split(b, angles), strict=True)]
     for _ in range(rounds):
         for part, y in views:
             gap = (y - part @ x) / np.maximum(part.sum(1), 1e-9)
             x = np.clip(x + part.T @ gap / np.maximum(part.sum(0), 1e-9), 0, most)
     return x
+
+
+def dart(
+    problem: MinMax, angles: int, x: Float[Array, "n"], rounds: int = 50, free: float = 0.5, inner: int = 1, seed: int = 0
+) -> Int[Array, "n"]:
+    """Codes of a square picture by discrete algebraic reconstruction (Batenburg & Sijbers 2011), the classic of black and white.
+
+    A round sets every pixel to its nearest level, then frees those with another level among their eight neighbours, and each
+    other one with probability `free`; SART goes on over the free pixels alone, the others stay at their level.
+
+    x: where to begin, grey (SART's answer); inner: SART's rounds in each round
+    """
+    dice, side = np.random.default_rng(seed), round(len(x) ** 0.5)
+    for _ in range(rounds):
+        flat = problem.levels[problem.nearest(x)]
+        square = flat.reshape(side, side)
+        edge = ndimage.maximum_filter(square, 3, mode="nearest") != ndimage.minimum_filter(square, 3, mode="nearest")
+        loose = edge.ravel() | (dice.random(len(x)) < free)
+        rest = problem.b - problem.A[:, ~loose] @ flat[~loose]
+        x = flat.copy()
+        x[loose] = sart(problem.A[:, loose], rest, angles, inner, problem.levels[-1], flat[loose])
+    return problem.nearest(x)
 
 
 # --- use 3: filters with short coefficients -------------------------------------------------------------------------------

@@ -336,7 +336,7 @@ show.bars(ripples, "ripple (a dot a pair of edges)", "Filters too large to be pr
 
 # %%
 pixels = {f"{kind}: {way}": [100 * v for v in value(f"{way}, {kind} noise", "wrong")]
-          for kind in claim.KINDS for way in ("sart", "least squares", "squares", "search")}  # fmt: skip
+          for kind in claim.KINDS for way in (*claim.CLASSICS, "squares", "search")}  # fmt: skip
 show.bars(pixels, "wrong pixels, % (a dot a seed)", "When noise is uniform, the worst ray tells most")
 
 # %%
