@@ -265,7 +265,8 @@ CLAIMS = Claims(
         *(less("vq", f"{how} bits", 0.15, False, "walk") for how in ("gptq, 2.25", "gptq, 2.5")),
         less("vq, modulation whole", "gptq, modulation whole", 0.15, False),
         Compare("clips: nearer than gptq", "psnr", "vq", "gptq, 2.25 bits", 0.0, counts=False),
-        *(less(f"matrix, {t} tails: codewords", f"matrix, {t} tails: uniform", 0.15, False, "weights") for t in ("light", "heavy")),
+        *(less(f"matrix, {tails} tails: codewords", f"matrix, {tails} tails: uniform", 0.15, False, "weights")
+          for tails in ("light", "heavy")),
         # 2: choices learnt
         less("vq", "n = 1", 0.1),
         less("n = 3", "n = 1", 0.1),

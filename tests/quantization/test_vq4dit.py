@@ -210,7 +210,7 @@ def test_learnt_choices_are_near_the_best_of_all():
         model = nn.Sequential(nn.Linear(16, 1, bias=False)).requires_grad_(False)
         mix = torch.randn(16, 5, generator=dice(seed))
         x = torch.randn(64, 5, generator=dice(seed)) @ mix.T + 0.1 * torch.randn(64, 16, generator=dice(seed + 9))
-        pair, s = ((x,), [model(x)]), Settings(d=2, k=4, n=2, slow=0.0)
+        pair, s = ((x,), [model(x)]), Settings(d=2, k=4, n=2, slow=0.0, weight=0.1)
         w = paper.groups(model[0].weight, 2)
         codes = {"0": kmeans(w, 3, dice(seed), 10)[0]}
         codes["0"] = codes["0"].half().float()
