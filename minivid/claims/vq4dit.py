@@ -6,7 +6,7 @@ trajectories that the float model samples for held-out captions, "psnr" in dB be
 the relative error of the weights, "bits" all bits a weight, with codebooks, steps and offsets in fp16. A seed is a draw of
 noise and captions (or clips), of held-out clips, and of k-means' start; the model is one.
 
-Calibration, the same for all: 16 runs of the float model's sampler, ten steps each, four captions, so 160 steps; "real data"
+Calibration, the same for all: 20 runs of the float model's sampler, ten steps each, two captions, so 200 steps; "real data"
 takes training clips with noise at the same times instead. GPTQ sees half of these calls, block after block, each with what the
 quantised blocks before say, on clip-searched grids; "gptq, tuned" learns its steps, offsets and biases by the same loss and
 steps. Grids have one step and offset a row of 128 (2.25 bits) or a group of 64 (2.5): more bits than the codewords'
@@ -38,7 +38,7 @@ from minivid.world.scores import psnr
 
 FILES = [f"minivid/weights/{name}.safetensors" for name in ("video", "tok-v")]
 BLOCKS = tuple(f"trunk.blocks.{i}" for i in range(6))
-RUNS, STEPS, CLIPS, HELD = (16, 1), (10, 2), (4, 2), (16, 2)  # full, fast
+RUNS, STEPS, CLIPS, HELD = (20, 1), (10, 2), (2, 2), (16, 2)  # full, fast
 SHIFT = 3.0  # of the sampler's times, as `generate` has it
 TUNED = dict(slow=1e-3, weight=100.0)
 SEARCHED = 30  # Lloyd's rounds

@@ -5,7 +5,7 @@ Kind:    surgery (a trained model in, one of codewords and indices out; calibrat
 Equal:   the model, where there are as many codewords as different groups; with one candidate, classic codebook tuning
 Claim:   at 2.1 bits, codebooks counted, 15 % less output error than GPTQ at 2.25 and at 2.5 bits; two candidates 10 % less than
          one at equal steps; calibration on the model's own trajectories within 10 % of one on real clips
-Differs: a video generator of 1.9 M parameters, no guidance, 200 steps of 4 clips instead of up to 1000 runs of 50 steps; k =
+Differs: a video generator of 1.9 M parameters, no guidance, 200 steps of 2 clips instead of up to 1000 runs of 50 steps; k =
          128 codewords a layer, for at this size the paper's 256 cost 0.7 bits a weight. The time modulation, one layer for
          all blocks here, is quantised as the authors' are. Inferred: both losses are means over numbers, the ratio loss over
          all groups of all layers; what hasn't settled at the end takes its largest ratio; codebooks are then rounded to fp16.

@@ -226,14 +226,13 @@ def test_learnt_choices_are_near_the_best_of_all():
     assert learnt.sum() - best.sum() < 0.2 * (usual.sum() - best.sum())
 
 
-@pytest.mark.parametrize("s", [Settings(k=16), Settings(k=16, released=True), Settings(k=16, n=1), Settings(k=16, n=3),
-                               Settings(k=16, n=1, again=5), Settings(k=16, shared=True)])  # fmt: skip
-def test_calibration_settles_everything_lowers_the_loss_and_leaves_the_model_alone(s):
-    model = video()
+@pytest.mark.parametrize("more", [{}, dict(released=True), dict(n=1), dict(n=3), dict(n=1, again=5), dict(shared=True)])
+def test_calibration_settles_everything_lowers_the_loss_and_leaves_the_model_alone(more):
+    model, s = video(), Settings(k=16, quick=0.2, slow=3e-3, **more)
     before, pairs = copy.deepcopy(model.state_dict()), trajectory(model)[3]
     soft = student(model, s)
     hard = student(model, Settings(k=16, n=1, shared=s.shared))
-    told = paper.calibrate(soft, pairs * 40, BLOCKS, s)
+    told = paper.calibrate(soft, pairs * 12, BLOCKS, s)
     own = paper.layers(soft)
     assert all(part.settled for part in own.values()) and len(own) == len(names(model))
     loss = lambda m: sum(paper.block_loss(m, pair, BLOCKS).item() for pair in pairs)
@@ -245,8 +244,8 @@ def test_calibration_settles_everything_lowers_the_loss_and_leaves_the_model_alo
 
 
 def test_as_released_a_codebook_waits_for_its_layers():
-    model, s = video(), Settings(k=16, released=True)
-    pairs, soft = trajectory(model)[3], student(video(), Settings(k=16, released=True))
+    model, s = video(), Settings(k=16, released=True, quick=1.0)
+    pairs, soft = trajectory(model)[3], student(video(), s)
     parts_ = paper.layers(soft)
     start, seen = {name: part.codes.detach().clone() for name, part in parts_.items()}, set()
 
@@ -256,7 +255,7 @@ def test_as_released_a_codebook_waits_for_its_layers():
             assert not (moved and not part.settled)
             seen.add((part.settled, moved))
 
-    paper.calibrate(soft, pairs * 60, BLOCKS, s, look)
+    paper.calibrate(soft, pairs * 15, BLOCKS, s, look)
     assert {(False, False), (True, True)} <= seen
     both = student(model, Settings(k=16))
     paper.calibrate(both, pairs[:1], BLOCKS, Settings(k=16))  # as written, it moves in the first step

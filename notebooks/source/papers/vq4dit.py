@@ -331,7 +331,7 @@ print("loss of the float model:", sum(paper.block_loss(layer, pair, ["0"]).item(
 # %% [markdown]
 # ## The claim
 #
-# The whole model, 2.09 bits a weight with codebooks, 160 steps; three seeds, margins fixed before. The grids get more bits.
+# The whole model, 2.09 bits a weight with codebooks, 200 steps; three seeds, margins fixed before. The grids get more bits.
 
 # %% tags=["nbval-ignore-output"]
 for test in filter(lambda test: test["counts"], result["tests"]):
