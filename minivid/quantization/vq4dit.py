@@ -107,7 +107,7 @@ class VQLinear(nn.Module):
     def __init__(self, linear: nn.Linear, codes: nn.Parameter, n: int = 2, released: bool = False):
         super().__init__()
         w = linear.weight.detach()
-        self.shape, self.codes = w.shape, codes
+        self.shape, self.codes, self.whole = w.shape, codes, w  # the float weights are the model's own, and not stored
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
         x = groups(w, codes.shape[1])
         options = candidates(x, codes.detach(), n)
@@ -263,7 +263,6 @@ def calibrate(
     if not logits and not rest:
         raise ValueError("nothing in this model can learn: its layers are frozen, or `quantised` was given no names")
     optimiser = torch.optim.RMSprop([dict(params=logits, lr=s.quick), dict(params=rest, lr=s.slow)], alpha=0.9)
-    origin = [groups(layer.weight.detach(), s.d) for layer in own] if s.again else []
     before, told = float("inf"), []
     for step, pair in enumerate(pairs):
         if look is not None:
@@ -280,7 +279,8 @@ def calibrate(
         for layer in own:
             layer.freeze()
         if s.again and (step + 1) % s.again == 0:
-            _again(own, origin)
+            for layer in own:
+                layer.index.copy_(nearest(groups(layer.whole, s.d), layer.codes.detach()))
         frozen = sum(len(a.index) if a.settled else int(a.frozen.sum()) for a in own) / max(1, sum(len(a.index) for a in own))
         told.append({"apart": apart.item(), "ratios": before, "frozen": frozen})
     for layer in own:
@@ -308,12 +308,6 @@ def _wait(own: Sequence[VQLinear]) -> None:
     for layer in own:
         if not layer.settled:
             layer.codes.requires_grad_(False)
-
-
-@torch.no_grad()
-def _again(own: Sequence[VQLinear], origin: Sequence[Tensor]) -> None:
-    for layer, x in zip(own, origin, strict=True):
-        layer.index.copy_(nearest(x, layer.codes))
 
 
 def agreement(g: Float[Tensor, "m d"], index: Int[Tensor, "m"], k: int) -> Float[Tensor, "k"]:

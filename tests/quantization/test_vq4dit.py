@@ -220,7 +220,7 @@ def test_learnt_choices_are_near_the_best_of_all():
             (x @ (codes["0"][options[choice, range(8)]].flatten() - model[0].weight[0])).square().mean()
             for choice in itertools.product((0, 1), repeat=8)])  # fmt: skip
         paper.calibrate(soft, [pair] * 200, ["0"], s)
-        won.append((paper.block_loss(soft, pair, ["0"]), errors[0], errors.min(), errors.median()))
+        won.append((paper.block_loss(soft, pair, ["0"]).item(), errors[0], errors.min(), errors.median()))
     learnt, nearest, best, usual = torch.tensor(won).T
     assert (learnt >= best - 1e-5).all() and learnt.sum() < 0.8 * nearest.sum()
     assert learnt.sum() - best.sum() < 0.2 * (usual.sum() - best.sum())
