@@ -19,7 +19,6 @@ there, pairs (call, outputs), so anything with trainable numbers can be calibrat
 data, the steps of an even grid.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -219,13 +218,12 @@ def bits(model: nn.Module) -> dict[str, float]:
 
 def walk(
     model: nn.Module, x: Float[Tensor, "b c f h w"], cond: Any, times: Float[Tensor, "steps f"], blocks: Sequence[str],
-    path: noise.Path | None = None,
+    path: noise.Path = noise.flow(),
 ) -> Iterator[Pair]:
     """Sample with the model from noise x, and hand out each of its calls with what its blocks said: data from nothing.
 
     The way is the float model's own: whoever learns from it is teacher-forced, so its errors never pile up.
     """
-    path = path or noise.flow()
     for t, s in zip(times[:-1], times[1:], strict=True):
         call = x, t.expand(len(x), -1), cond
         said, out = heard(model, call, blocks)
@@ -325,7 +323,7 @@ def pulls(student: nn.Module, pairs: Iterable[Pair], blocks: Sequence[str]) -> d
     """dL_d / dw of every group, by layer: where each would go if it were free."""
     own = layers(student)
     free = {name: layer.plain() for name, layer in own.items()}
-    model = swap(student, copy.copy(free))
+    model = swap(student, free)
     for pair in pairs:
         block_loss(model, pair, blocks).backward()
     return {name: groups(free[name].weight.grad, layer.codes.shape[1]) for name, layer in own.items()}
