@@ -163,9 +163,9 @@ show.bars(bars, "relative error of the layer's output, inputs not seen", "16 cod
 #
 # ## Watch them choose
 #
-# A few groups (grey dots). Lines join the candidates of each, and the bead stands where the mixture is: a blue circle while
-# it leans to the nearest codeword, an orange square when to another. Grey borders: the cells of the codewords. **Turn the
-# step up**: beads run to a corner, and not always to the near one.
+# A few groups (grey dots). Grey lines join the candidates of each, and its bead stands where the mixture is: blue, circle and
+# solid line, while it leans to the nearest codeword, orange, square and dashes, when to another. Grey borders: the cells.
+# **Turn the step up**: beads run to a corner, and not always to the near one.
 
 # %%
 some = torch.arange(0, len(pairs), 110)
@@ -191,7 +191,8 @@ def choosing(n, k, step):
         ax.plot(*torch.cat([corners, corners[:1]]).movedim(2, 0), color="#BBBBBB", lw=0.7)
         ax.plot(*pairs[some].T, "o", color="#777777", ms=2.5)
         ax.plot(*codes.T, "D", color="black", mec="white", ms=6)
-        for mine, ink, mark in ((near, "#0072B2", "o"), (~near, "#E69F00", "s")):
+        for mine, ink, mark, dash in ((near, "#0072B2", "o", "-"), (~near, "#E69F00", "s", "--")):
+            ax.plot(*torch.stack([pairs[some][mine], at[mine]]).movedim(2, 0), ls=dash, color=ink, lw=0.9)
             ax.plot(*at[mine].T, mark, color=ink, mec="white", mew=0.5, ms=5)
         ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", xlabel="a weight", ylabel="the next one")
         ax.set_title(f"step {step}: {100 * (~near).float().mean():.0f} % lean to another")
@@ -223,7 +224,7 @@ def spikes(step):
             axes[1].plot(share, color=ink, ls=dash, label=f"n = {n}")
         axes[1].axvline(step, color="#888888", lw=0.8)
         axes[1].set(xlabel="step", ylabel="groups frozen, %", ylim=(-3, 103))
-        axes[1].legend(frameon=False, loc="center left")
+        axes[1].legend(frameon=False, loc="lower right")
 
     alt = f"Step {step}: {((r > 0.99) | (r < 0.01)).float().mean():.0%} of the groups have decided."
     return plots.figure(draw, (7.4, 2.8), f"ratios, step {step}", alt, (1, 2))
