@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minivid import world
-from minivid.core import surgery, text, weights
+from minivid.core import noise, surgery, text, weights
 from minivid.core.baselines.lowrank import Factored
 from minivid.core.corpus import scenes
 from minivid.core.model import Block, Cond, Context, words
@@ -193,14 +193,16 @@ def cost(seed, fast, way, rank=16):
     return found | {"time": 1 / measure.ratio(lambda: ordinary(few, told), lambda: mine(few, told), 5).median}
 
 
-def grams(model: nn.Module, seed: int, clips: int, steps: int) -> dict[str, Tensor]:
-    """X'X of the inputs of all layers that are factored, from a few captions at a few times."""
+@torch.no_grad()
+def grams(model: nn.Module, seed: int, clips: int, times: int) -> dict[str, Tensor]:
+    """X'X of the inputs of all layers that are factored: noisy latents of rendered clips with their captions, at some times."""
     names = [f"{name}.{part}" for name, _ in paper.blocks(model)
              for part in ("attention.q", "attention.k", "attention.v", "attention.o", "fc1", "fc2")]  # fmt: skip
-    found = {name: surgery.Gram() for name in names}
-    said = Cond(text=text.tokens([world.caption(scene) for scene in scenes("base", clips, 900 + seed, "train")]))
-    noise = start(clips, loaded("tok-v").latent_shape(17, 32, 32), seed)
-    surgery.record(model, [(noise, torch.full((clips,), (i + 0.5) / steps), said) for i in range(steps)], found)
+    found, shown = {name: surgery.Gram() for name in names}, scenes("base", clips, 900 + seed, "train")
+    latent = loaded("tok-v").encode(world.batch(shown, 32, 17))
+    said, end = Cond(text=text.tokens([world.caption(scene) for scene in shown])), start(clips, latent.shape[1:], seed)
+    each = [torch.full((clips, latent.shape[2]), (i + 0.5) / times) for i in range(times)]
+    surgery.record(model, [(noise.flow().at(latent, end, t), t, said) for t in each], found)
     return {name: one.xx for name, one in found.items()}
 
 
@@ -223,8 +225,8 @@ SIDES = {256: 4, 1024: 8, 4096: 16}
 RANKS = (4, 8, 24, 32)
 ARMS = {
     **{f"{way}, {m}": Arm(memory, FILES, way=way, side=side) for m, side in SIDES.items() for way in WAYS},
-    **{f"{way}, 1024, R = {rank}": Arm(memory, FILES, way=way, side=8, rank=rank)
-       for rank in RANKS for way in ("svd", "chunked", "streaming", "streaming 2")},
+    **{f"{way}, 4096, R = {rank}": Arm(memory, FILES, way=way, side=16, rank=rank)
+       for rank in RANKS for way in ("svd", "chunked", "streaming")},
     **{f"cost of {way}": Arm(cost, FILES, way=way) for way in ("chunked", "head by head", "streaming", "streaming 2")},
     "clips": Arm(clips, FILES),
 }  # fmt: skip

@@ -154,7 +154,7 @@ def _as_it_is(x: Tensor, rows: slice) -> Tensor:
 
 @torch.no_grad()
 def attend(
-    rows: slice, strips: list[Strip], qkv: list[PerHead], tiles: Tiles, turn: Around = (_as_it_is, _as_it_is),
+    rows: slice, strips: list[Tensor], qkv: list[PerHead], tiles: Tiles, turn: Around = (_as_it_is, _as_it_is),
     bias: Callable | None = None,
 ) -> Float[Tensor, "b m o"]:  # fmt: skip
     """What some rows of tokens get from all, heads side by side: tiles of q, k, v come from the strips and go.
