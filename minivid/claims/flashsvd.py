@@ -140,8 +140,7 @@ def feed(part: nn.Module, x: Tokens, ctx: Context) -> Tokens:
         return x + own.gated(own.feed(own.modulated(x, m[0], m[1])), m[2])
     y, (before, after) = x.clone(), modulated(m, x.shape[1])
     if isinstance(part, Streamed):
-        act = lambda h: F.gelu(h, approximate="tanh")
-        paper.feed_(y, own.fc1, own.fc2, act, (before, after), part.tiles, part.variant)
+        paper.feed_(y, own.fc1, own.fc2, paper.gelu, (before, after), part.tiles, part.variant)
         return y
     for rows in cut(x.shape[1], part.rows):
         y[:, rows] = after(y[:, rows], own.feed(before(y[:, rows], rows)), rows)
@@ -176,9 +175,8 @@ def memory(seed, fast, way, side, rank=16):
     x, ctx = inputs(side, seed)
     ordinary, got = block("svd", rank, BLOCKS[seed])(x, ctx), block(way, rank, BLOCKS[seed])(x, ctx)
     found["error"] = ((got - ordinary).abs().max() / ordinary.abs().max()).item()
-    parts = block("svd" if way != "dense" else "dense", rank, 0), block("dense", rank, 0)
-    found["weights"] = measure.parameters(parts[0]) / measure.parameters(parts[1])
-    return found
+    own, dense = (measure.parameters(block(name, rank, 0)) for name in (way, "dense"))
+    return found | {"weights": own / dense}
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ block runs without any full-length tensor but x, y and the strips.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -41,6 +43,7 @@ from ..core.where import Where, visible
 
 Strip = Float[Tensor, "k b n r"]  # heads first: factors differ by head, not by sample
 Tokens = Float[Tensor, "b n d"]
+gelu = partial(F.gelu, approximate="tanh")  # the flavour that our blocks were trained with
 Around = tuple[Callable, Callable]  # before(x, rows) -> what a branch gets; after(x, what it said, rows) -> the new x
 
 
@@ -106,8 +109,7 @@ class PerHead(nn.Module):
         return out.unflatten(1, p.shape[1:3])
 
     def forward(self, x: Tokens) -> Float[Tensor, "b n o"]:
-        wide = torch.einsum("kbnr,kre->bnke", self.thin(x), self.v) + self.bias
-        return wide.flatten(2)
+        return (torch.einsum("kbnr,kre->bnke", self.thin(x), self.v) + self.bias).flatten(2)
 
 
 def blocks(model: nn.Module) -> list[tuple[str, Block]]:
@@ -123,9 +125,8 @@ def factorise(model: nn.Module, rank: int, wide: int, grams: dict[str, Tensor] |
     new: dict[str, nn.Module] = {}
     for name, block in blocks(model):
         layer, gram = block.attention, lambda part, name=name: (grams or {}).get(f"{name}.{part}")
-        for part, heads in (("q", layer.heads), ("k", layer.key_heads), ("v", layer.key_heads)):
-            linear, part = getattr(layer, part), f"attention.{part}"
-            new[f"{name}.{part}"] = PerHead.of(linear.weight, linear.bias, heads, rank, gram(part))
+        for part, linear, heads in zip("qkv", (layer.q, layer.k, layer.v), (layer.heads, *[layer.key_heads] * 2), strict=True):
+            new[f"{name}.attention.{part}"] = PerHead.of(linear.weight, linear.bias, heads, rank, gram(f"attention.{part}"))
         for part in ("attention.o", "fc1", "fc2"):
             new[f"{name}.{part}"] = Factored.of(block.get_submodule(part), wide, gram(part))
     return swap(model, new)
@@ -176,8 +177,7 @@ def attend(
             s.view(heads, b, *s.shape[1:]).add_(bias(rows, keys))
         return s
 
-    q = tile(0, rows)
-    q = q * q.shape[-1] ** -0.5
+    q = tile(0, rows) * qkv[0].v.shape[-1] ** -0.5
     m, l = q.new_full((*q.shape[:2], 1), -torch.inf), q.new_zeros(*q.shape[:2], 1)
     acc = q.new_zeros(*q.shape[:2], qkv[2].v.shape[-1])
     for keys in cut(n, tiles.keys):
@@ -210,10 +210,8 @@ def attention(x: Tokens, qkv: list[PerHead], o: nn.Module, around: Around, tiles
 def two_stage(p: Float[Tensor, "b n r"], fc1: Factored, fc2: Factored, act: Callable, tiles: Tiles) -> Float[Tensor, "b n s"]:
     """S = act(P V_1 + b_1) U_2 without the hidden layer, which is rebuilt once for each tile of S's ranks."""
     s = p.new_zeros(*p.shape[:2], fc2.rank)
-    for rows in cut(p.shape[1], tiles.rows):
-        for r in cut(fc2.rank, tiles.second):
-            for piece in cut(fc1.a.shape[0], tiles.hidden):
-                s[:, rows, r] += F.linear(hidden(p[:, rows], fc1, act, piece), fc2.b[r, piece])
+    for rows, r, piece in product(cut(p.shape[1], tiles.rows), cut(fc2.rank, tiles.second), cut(len(fc1.a), tiles.hidden)):
+        s[:, rows, r] += F.linear(hidden(p[:, rows], fc1, act, piece), fc2.b[r, piece])
     return s
 
 
@@ -224,9 +222,9 @@ def hidden(p: Float[Tensor, "b m r"], fc1: Factored, act: Callable, piece: slice
 
 def fused(p: Float[Tensor, "b m r"], fc1: Factored, fc2: Factored, act: Callable, tiles: Tiles) -> Float[Tensor, "b m o"]:
     """All of the feed-forward for some rows; S and the hidden layer are made again for each tile of output columns."""
-    out = p.new_empty(*p.shape[:2], fc2.a.shape[0])
+    out = p.new_empty(*p.shape[:2], len(fc2.a))
     for columns in cut(out.shape[-1], tiles.out):
-        s = sum(F.linear(hidden(p, fc1, act, piece), fc2.b[:, piece]) for piece in cut(fc1.a.shape[0], tiles.hidden))
+        s = sum(F.linear(hidden(p, fc1, act, piece), fc2.b[:, piece]) for piece in cut(len(fc1.a), tiles.hidden))
         out[..., columns] = F.linear(s, fc2.a[columns], None if fc2.bias is None else fc2.bias[columns])
     return out
 
@@ -297,8 +295,7 @@ class Streamed(nn.Module):
         qkv, bias = [layer.q, layer.k, layer.v], None if where.block is None else bias
         x = attention(x, qkv, layer.o, modulated(m[:3], x.shape[1]), self.tiles, turn=turn, bias=bias)
         words_(x, block, ctx, self.tiles.rows)
-        act = lambda h: F.gelu(h, approximate="tanh")  # the flavour that the block was trained with
-        feed_(x, block.fc1, block.fc2, act, modulated(m[3:], x.shape[1]), self.tiles, self.variant)
+        feed_(x, block.fc1, block.fc2, gelu, modulated(m[3:], x.shape[1]), self.tiles, self.variant)
         return x
 
 
@@ -308,8 +305,8 @@ class StreamedLayer(nn.Module):
     def __init__(self, layer: nn.TransformerEncoderLayer, rank: int, wide: int, tiles: Tiles = Tiles(), variant: int = 1):
         super().__init__()
         fused = layer.self_attn
-        if not fused.batch_first or fused.in_proj_weight is None:
-            raise ValueError("the layer must be made with batch_first=True, its queries, keys and values of one width")
+        if not fused.batch_first or fused.in_proj_weight is None or fused.in_proj_bias is None:
+            raise ValueError("the layer must be made with batch_first=True and biases, its queries, keys and values of one width")
         three = zip(fused.in_proj_weight.chunk(3), fused.in_proj_bias.chunk(3), strict=True)
         self.qkv = nn.ModuleList(PerHead.of(w, bias, fused.num_heads, rank) for w, bias in three)
         self.o, self.fc1, self.fc2 = (Factored.of(x, wide) for x in (fused.out_proj, layer.linear1, layer.linear2))
@@ -319,6 +316,9 @@ class StreamedLayer(nn.Module):
 
     @torch.no_grad()
     def forward(self, src: Tokens, src_mask=None, src_key_padding_mask=None, is_causal=False) -> Tokens:
+        if src_mask is not None and src_mask.ndim != 2:
+            raise ValueError(f"a mask is one of tokens by tokens for all heads, got shape {tuple(src_mask.shape)}")
+
         def bias(rows: slice, keys: slice) -> Tensor:
             some = [] if src_mask is None else [src_mask[rows, keys]]
             some += [] if src_key_padding_mask is None else [src_key_padding_mask[:, None, keys]]

@@ -224,6 +224,8 @@ def test_attention_is_the_fused_one_on_what_was_never_made(n, tiles, rank):
     want = rearrange(F.scaled_dot_product_attention(*full), "b k n e -> b n (k e)")
     got = [paper.attend(rows, strips, qkv, tiles) for rows in paper.cut(n, tiles.rows)]
     close(torch.cat(got, 1), want)
+    blind = lambda rows, keys: torch.full((rows.stop - rows.start, keys.stop - keys.start), -torch.inf)
+    assert (paper.attend(slice(0, n), strips, qkv, tiles, bias=blind) == 0).all()  # as PyTorch's: who sees nothing says 0
 
 
 @torch.no_grad()
@@ -373,5 +375,9 @@ def test_refusals():
     sparse = surgery.swap(low, {"attention.attend": lambda q, k, v, where: dense(q, k, v, where)})
     with pytest.raises(ValueError, match="run it densely"):
         Streamed(sparse)(x, ctx)
-    with pytest.raises(ValueError, match="batch_first=True"):
-        StreamedLayer(nn.TransformerEncoderLayer(D, HEADS), 2, 4)
+    for wrong in ({}, {"batch_first": True, "bias": False}):
+        with pytest.raises(ValueError, match="batch_first=True and biases"):
+            StreamedLayer(nn.TransformerEncoderLayer(D, HEADS, **wrong), 2, 4)
+    layer = StreamedLayer(nn.TransformerEncoderLayer(D, HEADS, batch_first=True), 2, 4)
+    with pytest.raises(ValueError, match="one of tokens by tokens for all heads, got shape .4, 12, 12."):
+        layer(x.float(), torch.zeros(4, 12, 12))
