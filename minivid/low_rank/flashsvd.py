@@ -168,8 +168,7 @@ def attend(
     def tile(i: int, piece: slice) -> Tensor:
         x = qkv[i].rebuild(strips[i][:, :, piece], tiles.rank)
         x = turn[i > 0](x, piece) if i < 2 else x
-        x = x if len(x) == heads else x.repeat_interleave(heads // len(x), 0)  # a key head serves several query heads
-        return x.flatten(0, 1)
+        return (x if len(x) == heads else x.repeat_interleave(heads // len(x), 0)).flatten(0, 1)  # key heads may be shared
 
     def scores(keys: slice) -> Tensor:
         s = q @ tile(1, keys).mT
@@ -276,7 +275,7 @@ class Streamed(nn.Module):
 
     def __init__(self, block: Block, tiles: Tiles = Tiles(), variant: int = 1):
         super().__init__()
-        if not (isinstance(block.attention.q, PerHead) and isinstance(block.fc1, Factored)):
+        if (type(block.attention.q), type(block.fc1)) != (PerHead, Factored):
             raise ValueError("only a low-rank block can be streamed: call factorise(model, rank, wide) first")
         self.block, self.tiles, self.variant = block, tiles, variant
 
@@ -322,7 +321,8 @@ class StreamedLayer(nn.Module):
         def bias(rows: slice, keys: slice) -> Tensor:
             some = [] if src_mask is None else [src_mask[rows, keys]]
             some += [] if src_key_padding_mask is None else [src_key_padding_mask[:, None, keys]]
-            return sum(m if m.is_floating_point() else src.new_zeros(m.shape).masked_fill_(m, -torch.inf) for m in some)
+            added = (m if m.is_floating_point() else src.new_zeros(m.shape).masked_fill_(m, -torch.inf) for m in some)
+            return sum(added, src.new_zeros(()))
 
         first, second = (
             ((lambda x, rows, norm=norm: norm(x)), (lambda x, said, rows: x + said)) if self.first
