@@ -14,13 +14,14 @@ at once, as is ordinary, "head by head" in a loop over heads. "dense chunked" is
 `flops` and `time` are relative to the ordinary low-rank block.
 
 Outcome: all that the paper says of memory is so. SVD leaves the peak where it was to the byte, because the thin products die
-before the hidden layer is activated; streaming takes 60.0 % off, 3 % above the memory model, with tiles of 64 (at 1,024 tokens
-the tiles weigh more, and it is 57 %). But most of that needs neither streaming nor low rank: chunks of tokens take 44 % off the
-dense block, and a loop over heads beside them 74 %, more than streaming does; the feed-forward alone holds 2.6 M d streamed and
-2.1 M d in chunks, since streaming keeps two strips at full length. The 60 % come from attention, where strips of rank R stand
-in place of q, k and v, and end where R is the width of a head. Feed-forward variant 1 costs no FLOPs, as promised; what the
-paper doesn't count is that keys and values are rebuilt for each block of queries, R / BM of attention's work: 23 % of the block.
-On a processor it is several times slower; the traffic that a GPU kernel saves can't be measured here.
+before the hidden layer is activated; streaming takes 60.0 % off, 3 % above the memory model, with tiles of 64 (at 1,024
+tokens the tiles weigh more, and it is 57 %). But most of that needs neither streaming nor low rank: chunks of tokens take 44
+% off the dense block, and a loop over heads beside them 74 %, more than streaming does (72 % with the scratch memory of the
+fused attention, which the meter doesn't see); the feed-forward alone holds 2.6 M d streamed and 2.1 M d in chunks, since
+streaming keeps two strips at full length. The 60 % come from attention, where strips of rank R stand in place of q, k and v,
+and end where R is the width of a head. Feed-forward variant 1 costs no FLOPs, as promised; what the paper doesn't count is
+that keys and values are rebuilt for each block of queries, R / BM of attention's work: 23 % of the block. On a processor it
+is several times slower; the traffic that a GPU kernel saves can't be measured here.
 """
 
 from collections.abc import Callable
@@ -267,7 +268,7 @@ CLAIMS = Claims(
         Floor("the same clips, dB", "streamed_to_low", "clips", at_least=50),
         # 3: the price
         Floor("variant 1 costs no FLOPs", "feed_flops", "cost of streaming", at_most=1.05),
-        Floor("variant 2 costs twice", "feed_flops", "cost of streaming 2", at_least=1.5, counts=False),
+        Floor("variant 2 costs half as much again", "feed_flops", "cost of streaming 2", at_least=1.5, counts=False),
         Floor("keys and values rebuilt cost none", "flops", "cost of streaming", at_most=1.05, counts=False),
         Floor("no faster on a CPU", "time", "cost of streaming", at_least=1.0, counts=False),
     ],

@@ -16,6 +16,7 @@ from minivid.lab.measure import Life
 
 KINDS = {"x, which the caller holds": "#999999", "as wide as x": "sky", "wider": "blue", "narrower, as strips are": "orange",
          "tiles and the rest": "purple"}  # fmt: skip
+Number = float | int
 HIGH, LEFT = 92, 34  # shown pixels of a panel, and of what stands left of it
 
 
@@ -48,7 +49,7 @@ def levels(lives: Sequence[Life], tokens: int, width: int, columns: int) -> np.n
 
 
 def timeline(
-    ways: Mapping[str, Sequence[Life]], tokens: int, width: int, caption: str = "", *, top: float | int = 10, alt: str = ""
+    ways: Mapping[str, Sequence[Life]], tokens: int, width: int, caption: str = "", *, top: Number = 10, alt: str = ""
 ) -> Picture:
     """A panel a way: storages that are alive while it runs, stacked by kind, on one scale; the peak is written and dashed.
 
@@ -86,7 +87,7 @@ def timeline(
     return Picture(page, f"timeline of {len(ways)} ways", alt or f"{caption or 'Live memory'}. Peaks in units of M d: {said}.")
 
 
-def _area(values: np.ndarray, top: float) -> np.ndarray:
+def _area(values: np.ndarray, top: Number) -> np.ndarray:
     """Stacked columns as bytes `h w 3`."""
     high = HIGH * DENSITY
     out = np.full((high, values.shape[1] * DENSITY, 3), 246, np.uint8)
@@ -108,11 +109,11 @@ class _Board:
         self.scale, self.page = density, Image.new("RGB", (size[0] * density, size[1] * density), PAPER)
         self.pen = ImageDraw.Draw(self.page)
 
-    def box(self, x: float, y: float, w: float, h: float, fill: str | None = None, edge: str = INK) -> None:
+    def box(self, x: Number, y: Number, w: Number, h: Number, fill: str | None = None, edge: str = INK) -> None:
         corners = [v * self.scale for v in (x, y, x + w, y + h)]
         self.pen.rectangle(corners, PALETTE.get(fill, fill) if fill else None, edge, self.scale)
 
-    def ghost(self, x: float, y: float, w: float, h: float, said: str = "") -> None:
+    def ghost(self, x: Number, y: Number, w: Number, h: Number, said: str = "") -> None:
         """What never exists: a dashed outline."""
         for i in range(0, int(max(w, h)), 8):
             for a, b, c, d in ((x + i, y, x + i + 4, y), (x + i, y + h, x + i + 4, y + h)) if i < w else ():
@@ -121,11 +122,11 @@ class _Board:
                 self.pen.line([v * self.scale for v in (a, b, c, min(d, y + h))], "#888888", self.scale)
         self.text(x + 6, y + h - TEXT - 8, said, "#888888")
 
-    def text(self, x: float, y: float, said: str, ink: str = INK, bold: bool = False) -> None:
+    def text(self, x: Number, y: Number, said: str, ink: str = INK, bold: bool = False) -> None:
         face = font(bold, TEXT if self.scale == DENSITY else TEXT * self.scale // DENSITY)
         self.pen.text((x * self.scale, y * self.scale), said, ink, face)
 
-    def strip(self, x: float, y: float, w: float, h: float, cells: int, lit: int, name: str, fill: str = "orange") -> None:
+    def strip(self, x: Number, y: Number, w: Number, h: Number, cells: int, lit: int, name: str, fill: str = "orange") -> None:
         """A strip of cells along its longer side, the one numbered `lit` with a thick edge."""
         for i in range(cells):
             place = (x + i * w / cells, y, w / cells, h) if w > h else (x, y + i * h / cells, w, h / cells)

@@ -124,14 +124,15 @@ show.clips([dense, ordinary, again], ["dense", *titles])
 # ## Somebody else's model
 #
 # PyTorch's own encoder layer is the block of BERT, on which the paper was measured: norms after the sums, another
-# activation, padding masks.
+# activation, padding masks. (Its fused fast path hides from our meter what it allocates, so it is off here.)
 
 # %%
+torch.backends.mha.set_fastpath_enabled(False)
 torch.manual_seed(0)
 layer = torch.nn.TransformerEncoderLayer(256, 8, 1024, 0.0, "gelu", batch_first=True).requires_grad_(False).eval()
 guest = paper.StreamedLayer(layer, rank=32, wide=256)  # full rank: it must be the same layer
-y, hidden = torch.randn(1, 512, 256), torch.arange(512)[None] >= 400
-print(f"largest difference {(guest(y, None, hidden) - layer(y, None, hidden)).abs().max():.0e}")
+y, hidden = torch.randn(1, 1024, 256), torch.arange(1024)[None] >= 800
+assert torch.allclose(guest(y, None, hidden), layer(y, None, hidden), atol=1e-4)
 half = paper.StreamedLayer(layer, rank=16, wide=64)
 for name, one in (("PyTorch", layer), ("streamed, half the rank", half)):
     print(f"{name:24} peak {measure.peak(lambda one=one: one(y, None, hidden)) / y.nbytes + 1:.1f} M d")
@@ -171,9 +172,10 @@ alive = lives("head by head")
 print(f"{max(measure.live_bytes(alive)) / (4 * 1024 * 128) + 1:.1f} M d")
 
 # %% [markdown]
-# Less than streaming, without any low rank. So memory alone is no reason to stream: chunks and a loop do it too. What is
-# left to gain is traffic: a GPU kernel that rebuilds tiles in fast memory reads thin strips from slow memory in place of
-# wide q, k, v. That can't be seen on a processor, and we don't claim it.
+# Less than streaming, without any low rank. (The scratch inside the fused attention, half a megabyte at any M, is out of the
+# meter's sight; it would make 3.4 of it here, and 2.5 at 4,096 tokens.) So memory alone is no reason to stream: chunks and a
+# loop do it too. What is left to gain is traffic: a GPU kernel that rebuilds tiles in fast memory reads thin strips from slow
+# memory in place of wide q, k, v. That can't be seen on a processor, and we don't claim it.
 #
 # ## Exercise
 #
@@ -253,19 +255,26 @@ show.lines(curves, "rank R of a head (a head is 32 wide)", "peak, M d numbers", 
 # Now all ways, at R = 16:
 
 # %%
-show.bars({way: value(f"{way}, 4096", "peak") for way in claim.WAYS}, "peak, M d numbers", "One block, 4,096 tokens", digits=2)
+said = {way: value(f"{way}, 4096", "peak") for way in claim.WAYS}
+said["streaming, variant 1"], said["streaming, variant 2"] = said.pop("streaming"), said.pop("streaming 2")
+show.bars(said, "peak, M d numbers", "One block, 4,096 tokens", digits=2)
 
 # %%
 for test in result["tests"]:
-    print(f"{test['verdict']:15} {'' if test['counts'] else '(reported only) '}{test['name']}: {test['claim']}")
+    if test["counts"]:
+        print(f"{test['verdict']:15} {test['claim']}")
 print("In all:", result["verdict"])
+print("\nReported, without weight in the verdict:")
+for test in result["tests"]:
+    if not test["counts"]:
+        print(f"{test['verdict']:15} {test['name']}")
 
 # %% tags=["nbval-ignore-output"]
 way = "cost of streaming"
 print(f"FLOPs of the feed-forward, variant 1: {value(way, 'feed_flops'):.2f}, variant 2: {value(way + ' 2', 'feed_flops'):.2f}")
 print(f"FLOPs of the block: {value(way, 'flops'):.2f} (keys and values are rebuilt for each block of rows)")
 print(f"Time on one core: {value(way, 'time'):.1f} times the ordinary low-rank block\n")
-print(claims.outcome("flashsvd"))
+print("Outcome:", claims.outcome("flashsvd"))
 print("Where we differ:", paper.__doc__.split("Differs:")[1].split("\n\n")[0].strip())
 
 # %% [markdown]
