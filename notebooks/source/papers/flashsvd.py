@@ -144,7 +144,7 @@ for name, one in (("PyTorch", layer), ("streamed, half the rank", half)):
 # mattering? From which rank on does streaming lose to chunking?
 
 # %% tags=["nbval-ignore-output"]
-sides = {256: 4, 1024: 8, 2304: 12}
+sides = {256: 4, 1024: 8, 1600: 10}
 stored = {(way, m, 16): lives(way, side) for m, side in sides.items() for way in ("dense", "chunked")}
 stored |= {(way, m, rank): lives(way, side, rank) for m, side in sides.items() for rank in (8, 16, 24, 32)
            for way in ("svd", "streaming")}  # fmt: skip
@@ -158,8 +158,8 @@ def render(tokens, rank):
 
 
 # %% tags=["nbval-ignore-output"]
-settled = [{"tokens": 256, "rank": 16}, {"tokens": 2304, "rank": 8}, {"tokens": 2304, "rank": 32}]
-play.knobs(render, settled=settled, tokens=play.Choice([1024, 256, 2304]), rank=play.Choice([16, 8, 24, 32]))
+settled = [{"tokens": 256, "rank": 16}, {"tokens": 1600, "rank": 8}, {"tokens": 1600, "rank": 32}]
+play.knobs(render, settled=settled, tokens=play.Choice([1024, 256, 1600]), rank=play.Choice([16, 8, 24, 32]))
 
 # %% [markdown]
 # ## Predict, then run
