@@ -5,8 +5,8 @@ Kind:    part (the attention of every layer, replaced from outside in a trained 
 Equal:   dense attention, where every head is full, every window reaches the ends, or every column is kept
 Claim:   at 30 % of the score blocks, same-seed PSNR to the dense clip: +1 dB over one window for all heads, over the same modes
          dealt at random, and over choosing online; the modes agree to 90 % between unlike captions; more than 1.2x faster
-Differs: words enter by cross-attention, so no text rows stay dense. A block is one frame's number of tokens. Errors are divided
-         by the energy of the full output, so that lambda and epsilon mean the same in every layer. Inferred, since no code was
+Differs: words enter by cross-attention, so no text rows stay dense. A block is one frame's number of tokens. Errors are in units
+         of the layer's mean output energy, so that lambda and epsilon mean the same everywhere. Inferred, since no code was
          published: one table for all steps, and a stripe's columns are the frames that receive most attention in calibration
 
 In a video transformer most heads do one of four things: look about everywhere, stay within their frame, stay at their place in
@@ -261,16 +261,17 @@ def candidates(model: nn.Module, calibrate: Calibration, width: int, columns: in
 
 @torch.no_grad()
 def errors(model: nn.Module, calibrate: Calibration, tables: Sequence[Table]) -> Float[Tensor, "calls b l k m"]:
-    """MSE(O_i, O_0) / mean(O_0^2) of every call, sample, layer, head and table, with what the model itself computes upstream.
+    """MSE(O_i, O_0) of every call, sample, layer, head and table, in units of mean(O_0^2) over all heads of the layer.
 
-    A skipped head has error 1 exactly. (The paper doesn't divide: its epsilon then means another thing in every layer.)
+    The paper doesn't divide, so its epsilon means another thing in every model. Dividing by the layer and not by the head keeps
+    what matters: a quiet head is cheap to get wrong, and to skip. Skipping costs 1 on average over a layer's heads.
     """
     found = []
 
     def look(i, q, k, v, where):
         full = dense(q, k, v, where)
         gap = [(Sparse(tuple(table[i]))(q, k, v, where) - full).square().mean((2, 3)) for table in tables]
-        found.append(torch.stack(gap, -1) / full.square().mean((2, 3)).clamp_min(1e-12)[..., None])
+        found.append(torch.stack(gap, -1) / full.square().mean((1, 2, 3)).clamp_min(1e-12)[:, None, None])
 
     calibrate(watched(model, look))
     return rearrange(torch.stack(found), "(c l) b k m -> c b l k m", l=len(layers(model)))
