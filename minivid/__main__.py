@@ -104,6 +104,7 @@ def _add_train(command: Callable) -> None:
     sub.add_argument("--steps", type=_positive, metavar="N", help="fewer or more than the recipe's")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="which random draws (0)")
     sub.add_argument("--device", metavar="NAME", help="cpu or cuda; by default what there is")
+    sub.add_argument("--compile", action="store_true", help="1.4x as fast after a minute; needs a C++ compiler")
 
 
 def _add_video(command: Callable) -> None:
@@ -243,7 +244,10 @@ def _print_result(result: dict, outcome: str) -> None:
 def _train(options: argparse.Namespace) -> None:
     from minivid.training.command import train
 
-    path = train(options.name, steps=options.steps, seed=options.seed, device=options.device, resume=options.resume)
+    path = train(
+        options.name, steps=options.steps, seed=options.seed, device=options.device, resume=options.resume,
+        compiled=options.compile,
+    )  # fmt: skip
     print(f"wrote {path}")
 
 

@@ -16,9 +16,24 @@ from minivid.core import weights
 from minivid.core.corpus import scenes
 from minivid.core.sample import generate
 from minivid.lab.claims import Arm, Claims, Floor
+from minivid.training.tokenizers import answers
 from minivid.world.clips import natural_crops
 from minivid.world.judge import judge, score
 from minivid.world.scores import psnr
+
+
+@torch.no_grad()
+def recognise(seed, fast, name):
+    """Shares of held-out clips whose colours are all named and of shapes; error of the velocity in sides per 16 frames."""
+    n, net = 16 if fast else 256, weights.load(name)
+    asked = scenes("base", n, 3000 + seed, "held-out")
+    said, truth = net.answers(world.batch(asked, 32, 17)), torch.stack([answers(s) for s in asked])
+    there = truth[..., 0] > 0
+    return {
+        "colours": ((said[..., 0] > 0) == there).all(-1).float().mean().item(),
+        "shapes": (said[..., 1:-2].argmax(-1) == truth[..., 1])[there].float().mean().item(),
+        "velocity": (said[..., -2:] - truth[..., 2:])[there].abs().mean().item(),
+    }
 
 
 @torch.no_grad()
@@ -59,6 +74,9 @@ CLAIMS = Claims(
     "core",
     arms={
         "tok-v": Arm(reconstruct, files=["minivid/weights/tok-v.safetensors"], name="tok-v", frames=17),
+        "tok-f": Arm(reconstruct, files=["minivid/weights/tok-f.safetensors"], name="tok-f", frames=16),
+        "feat-a": Arm(recognise, files=["minivid/weights/feat-a.safetensors"], name="feat-a"),
+        "feat-b": Arm(recognise, files=["minivid/weights/feat-b.safetensors"], name="feat-b"),
         "video": Arm(follow, files=["minivid/weights/video.safetensors", "minivid/weights/tok-v.safetensors"], name="video"),
     },
     tests=[
@@ -66,10 +84,15 @@ CLAIMS = Claims(
         Floor("tok-v draws natural clips", "natural", "tok-v", at_least=26.0),
         Floor("tok-v needs few numbers", "fewer", "tok-v", at_least=16.0),
         Floor("tok-v has unit variance", "spread", "tok-v", at_most=0.25, counts=False),
+        Floor("tok-f draws the world", "world", "tok-f", at_least=32.0),
+        Floor("tok-f draws natural clips", "natural", "tok-f", at_least=26.0),
         Floor("video: colours", "colour", "video", at_least=0.95),
         Floor("video: shapes", "shape", "video", at_least=0.90),
         Floor("video: directions", "motion", "video", at_least=0.85),
         Floor("video: one word changed", "swapped", "video", at_least=0.80),
+        Floor("feat-a names shapes", "shapes", "feat-a", at_least=0.85),
+        Floor("feat-b names shapes", "shapes", "feat-b", at_least=0.85),
+        Floor("feat-b sees motion", "velocity", "feat-b", at_most=0.05),
     ],
     minutes=10,
     sources=["minivid/core/tokenizer.py", "minivid/core/model.py", "minivid/core/noise.py", "minivid/core/sample.py"],

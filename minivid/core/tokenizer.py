@@ -19,20 +19,15 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..world import files
+from . import fit
 
-def check_clip(clip: Tensor, stride: int, channels: int = 3) -> None:
-    """Raise unless `clip` is a finite float `b c f h w` in [-1, 1] whose rows and columns divide by `stride`."""
-    if clip.ndim != 5 or clip.shape[1] != channels:
-        raise ValueError(f"a batch of clips is 'b {channels} f h w' (five axes), got shape {tuple(clip.shape)}")
-    if not clip.is_floating_point():
-        raise TypeError(f"a clip is float in [-1, 1], got {clip.dtype}: divide bytes by 127.5 and subtract 1")
-    if clip.shape[2] < 1 or clip.shape[3] % stride or clip.shape[4] % stride:
-        raise ValueError(f"at least one frame, rows and columns divisible by {stride}; got f h w = {tuple(clip.shape[2:])}")
-    low, high = clip.aminmax()
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError("the clip has NaN or infinite values")
-    if low < -1.05 or high > 1.05:
-        raise ValueError(f"a clip lies in [-1, 1], got values from {low:.3g} to {high:.3g}: is it in bytes, or in [0, 1]?")
+
+def check_clip(clip: Tensor, stride: int) -> None:
+    """Raise unless `clip` is a finite float `b 3 f h w` in [-1, 1] whose rows and columns divide by `stride`."""
+    files.check_clip(clip, "b c f h w", slack=0.05)
+    if clip.shape[3] % stride or clip.shape[4] % stride:
+        raise ValueError(f"rows and columns must divide by {stride}, got f h w = {tuple(clip.shape[2:])}")
 
 
 class Identity(nn.Module):
@@ -279,5 +274,6 @@ class Tokenizer(nn.Module):
         z, codes, losses = self.bottleneck(features)
         losses = {**losses, "lean": 0.01 * self.scale.lean(features)}
         if self.training and self.noise:
-            z = z + self.noise * torch.randn(z.shape, generator=generator, device=z.device)
+            draw = torch.randn if generator is None else fit.normal  # one draw a sample, however many processes share them
+            z = z + self.noise * draw(*z.shape, generator=generator).to(z)
         return self._pixels(z, None, True), codes, losses

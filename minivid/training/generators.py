@@ -32,6 +32,28 @@ def told(tokenizer: str, recipe: str, n: int, frames: int, batch: int, size: int
     return material
 
 
+def windows(tokenizer: str, recipe: str, n: int, batch: int, lengths: tuple[int, ...]) -> Callable:
+    """Latents in which a frame is a frame, cut to `lengths[i % len(lengths)]` of 17 frames, with the captions.
+
+    A step of short clips has more of them, at most four times as many, so that all steps cost about the same.
+    """
+
+    def material(device):
+        tok = weights.load(tokenizer, device)
+        data = corpus.latents(tok, f"{recipe}-{n}x17x32", corpus.clips(recipe, n, 32, 17), device).to(device)
+        said = corpus.captions(recipe, n).to(device)
+
+        def batches(i):
+            f = lengths[i % len(lengths)]
+            rows = pick(i, n, batch * min(4, max(lengths) // f), 7).to(device)
+            first = int(pick(i, 17 - f + 1, 1, 31))
+            return data[rows, :, first : first + f].float(), said[rows]
+
+        return batches
+
+    return material
+
+
 def generate_loss(shift: float = 1.0) -> Callable:
     """Flow matching with one time a clip, one caption in ten emptied (for guidance)."""
 
@@ -119,8 +141,16 @@ def block_objective(model, batch, generator) -> dict[str, Tensor]:
 
 
 RECIPES = {
-    "video": Recipe("video", dict(channels=10), told("tok-v", "base", 16384, 17, 32), generate_loss(), 6000, 1.5e-3, 32),
-    "block": Recipe("video", dict(channels=4, block=4), chunked(64), block_objective, 10000, 1.5e-3, 64),
+    "video": Recipe(
+        "video", dict(channels=10), told("tok-v", "base", 49152, 17, 32), generate_loss(2.0), 14000, 3e-3, 32, muon=1e-2
+    ),
+    "frames": Recipe(
+        "video", dict(channels=4), windows("tok-f", "base", 49152, 32, (16, 8, 16, 1)), generate_loss(2.0), 12000, 3e-3, 32,
+        muon=1e-2,
+    ),
+    "block": Recipe(
+        "video", dict(channels=4, block=4), chunked(32), block_objective, 8000, 2e-3, 32, muon=5e-3, start="frames"
+    ),
     "unet": Recipe("unet", {}, pixels(128, {"base": 65536}, False), generate_loss(2.0), 10000, 1.5e-3, 128),
     "unet-i": Recipe(
         "unet", dict(time=False), pixels(512, {"base": 65536, "textured": 12288}, True), generate_loss(1.5), 8000, 1.5e-3, 512

@@ -15,8 +15,9 @@ class Recipe:
     material:       `material(device) -> batches`, where `batches(i)` is the batch of step i
     objective:      `objective(model, batch, generator) -> {name: loss}`; the first is minimised
     steps, batch, lr: length, clips a step, peak learning rate (warm-up, then cosine to 0)
+    muon:           peak learning rate of the matrices inside transformer blocks, by Muon; without it they too take AdamW and lr
     begin, end:     `begin(model, batches)`, once, on a fresh model; `end` likewise on the trained one, before it is shipped
-    start:          shipped weights to begin from, instead of from random ones
+    start:          shipped weights to begin from, of the same shapes, instead of random ones
     """
 
     kind: str
@@ -27,6 +28,7 @@ class Recipe:
     lr: float = 1e-3
     batch: int = 64
     decay: float = 0.01
+    muon: float | None = None
     begin: Callable | None = None
     end: Callable | None = None
     start: str | None = None

@@ -21,7 +21,7 @@ def clip_material(batch: int, frames: int, every: int | None = None) -> Callable
     """
 
     def material(device):
-        small = [corpus.clips(r, 1024, 32, frames) for r in SEEN]
+        small = [corpus.clips(r, 4096 if r == "base" else 1024, 32, frames) for r in SEEN]
         large = [corpus.clips(r, 256, 64, frames) for r in SEEN]
         real = [corpus.natural(1024, size, frames) for size in (32, 64)]
         pools = [torch.from_numpy(np.concatenate([np.asarray(a) for a in g])).to(device) for g in (small, large)]
@@ -37,6 +37,8 @@ def clip_material(batch: int, frames: int, every: int | None = None) -> Callable
                 chosen = chosen[..., y : y + 32, x : x + 32]
                 if every:
                     chosen = chosen[:, :, torch.randint(frames, (every,), generator=dice).to(device)]
+                mirrors = [d for d in (2, 4) if torch.rand((), generator=dice) < 0.5]  # backwards in time, left for right
+                chosen = chosen.flip(mirrors)
                 out.append(corpus.clip_of(chosen))
             return torch.cat(out)[torch.randperm(batch, generator=dice)]  # every process gets of everything
 
@@ -104,15 +106,15 @@ def recognise(model, batch, generator) -> dict[str, Tensor]:
     return {"loss": presence + 0.5 * shape + speed, "shape": shape, "speed": speed}
 
 
-TOK_V = dict(channels=10, time_stride=4)
-TOK_F = dict(channels=4, time_stride=1)
+TOK_V = dict(channels=10, time_stride=4, noise=0.02)
+TOK_F = dict(channels=4, time_stride=1, noise=0.02)
 TOK_Q = dict(channels=4, time_stride=1, levels=[4, 4, 4, 4], noise=0.0)
 
 ENDS = dict(begin=components, end=settle)
 RECIPES = {
-    "tok-v": Recipe("tokenizer", TOK_V, clip_material(16, 17), reconstruct, 4500, 1.5e-3, 16, **ENDS),
-    "tok-f": Recipe("tokenizer", TOK_F, clip_material(16, 17, every=4), reconstruct, 5000, 1.5e-3, 16, **ENDS),
-    "tok-q": Recipe("tokenizer", TOK_Q, clip_material(16, 17, every=4), reconstruct, 5000, 1.5e-3, 16, **ENDS),
+    "tok-v": Recipe("tokenizer", TOK_V, clip_material(16, 17), reconstruct, 8000, 3e-3, 16, **ENDS),
+    "tok-f": Recipe("tokenizer", TOK_F, clip_material(16, 17, every=4), reconstruct, 5000, 3e-3, 16, **ENDS),
+    "tok-q": Recipe("tokenizer", TOK_Q, clip_material(16, 17, every=4), reconstruct, 5000, 3e-3, 16, **ENDS),
     "feat-a": Recipe("features", dict(time=1), labelled(32), recognise, 2500, 2e-3, 32),
     "feat-b": Recipe("features", dict(time=3, widths=[24, 40, 56]), labelled(32), recognise, 2500, 2e-3, 32),
 }

@@ -1,5 +1,7 @@
 """The video transformer: contract of the call, text, guidance, causality by blocks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -103,6 +105,26 @@ def test_guidance():
     assert torch.equal(Guided(model, 1.0)(x, t, cond), told)
     torch.testing.assert_close(Guided(model, 3.0)(x, t, cond), null + 3 * (told - null), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(Guided(model, 0.0)(x, t, cond), null, atol=1e-5, rtol=1e-5)
+
+
+def test_guidance_against_something_else_than_the_empty_caption():
+    """A negative prompt, or neither the caption nor the given frames: `null` says what the other side is told."""
+    model, (x, t, cond) = make(), inputs()
+    other = lambda c: replace(c, text=c.text.flip(0))
+    told, null = model(x, t, cond), model(x, t, other(cond))
+    torch.testing.assert_close(Guided(model, 3.0, other)(x, t, cond), null + 3 * (told - null), atol=1e-4, rtol=1e-4)
+
+
+def test_rescaled_guidance():
+    model, (x, t, cond) = make(), inputs()
+    told, plain = model(x, t, cond), Guided(model, 7.0)(x, t, cond)
+    assert torch.equal(Guided(model, 7.0, rescale=0.0)(x, t, cond), plain)
+    full = Guided(model, 7.0, rescale=1.0)(x, t, cond)
+    spread = lambda y: y.flatten(1).std(1)
+    torch.testing.assert_close(spread(full), spread(told))
+    assert (torch.cosine_similarity(full.flatten(1), plain.flatten(1)) > 1 - 1e-5).all() and (spread(plain) > spread(told)).any()
+    torch.testing.assert_close(Guided(model, 7.0, rescale=0.7)(x, t, cond), 0.7 * full + 0.3 * plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(Guided(model, 1.0, rescale=1.0)(x, t, cond), told)
 
 
 def test_dropped_captions():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minivid.core import noise
+from minivid.core.model import Cond, VideoModel
 
 X = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
 EPS = torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
@@ -14,18 +15,24 @@ PATHS = {
     "flow": noise.flow(), "noise": noise.preserving(), "v": noise.preserving("v"),
     "clean": noise.preserving("clean"), "bridge": noise.bridge(END),
 }
+FLOW, T = PATHS["flow"], torch.tensor([[0.1, 0.5, 0.9, 0.3], [0.4, 0.4, 0.4, 0.4]])
 each = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
-@each
-def test_the_right_answer_gives_back_the_clean_clip(path):
-    t = torch.rand(2, 4) * 0.9 + 0.05
-    torch.testing.assert_close(path.clean(path.at(X, EPS, t), t, path.target(X, EPS, t)), X, atol=1e-4, rtol=1e-4)
+def ideal(path, spread=0.5, mean=0.3):
+    """The network that was trained to the end on clean ~ N(mean, spread^2), noise ~ N(0, 1): what it says is known."""
+
+    def model(x, t, cond, cache=None):
+        s = t[:, None, :, None, None]
+        a, c = path.a(s), path.c(s)
+        rest = (x - path.b(s) * path.end - a * mean) / (a**2 * spread**2 + c**2)
+        return path.p(s) * (mean + a * spread**2 * rest) + path.q(s) * c * rest
+
+    return model
 
 
 @each
-def test_ends(path):
-    torch.testing.assert_close(path.at(X, EPS, torch.zeros(2, 4)), X)
+def test_other_end(path):
     other = END if path is PATHS["bridge"] else EPS
     torch.testing.assert_close(path.at(X, EPS, torch.ones(2, 4)), other, atol=1e-5, rtol=0)
 
@@ -46,22 +53,82 @@ def test_euler_on_the_flow_path_is_eulers_rule():
 def test_sampling_gaussian_data_gives_its_spread(name):
     """For data N(0, s^2) the ideal network is known: the sample must be the noise times s, and Heun must be nearer than Euler."""
     path, s = PATHS[name], 0.5
-
-    def ideal(x, t, cond):
-        t = t[:, None, :, None, None]
-        a, c, p, q = (g(t) for g in (path.a, path.c, path.p, path.q))
-        return x * (p * a * s**2 + q * c) / (a**2 * s**2 + c**2)
-
+    model = ideal(path, s, 0)
     error = {}
     for step in (noise.euler, noise.heun):
         times = noise.table(25, 4)
         if name == "noise":  # the noise says nothing of the clean clip at the very end, where a = 0
             times = times * 0.995
         x = path.at(torch.zeros_like(EPS), EPS, times[0])
-        error[step] = (noise.sample(ideal, path, x, None, times, step) - s * EPS).abs().mean()
+        error[step] = (noise.sample(model, path, x, None, times, step) - s * EPS).abs().mean()
     assert error[noise.heun] < error[noise.euler] < 0.05
-    fresh = noise.sample(ideal, path, EPS, None, noise.table(25, 4) * 0.995, noise.ancestral, torch.Generator().manual_seed(0))
+    fresh = noise.sample(model, path, EPS, None, noise.table(25, 4) * 0.995, noise.ancestral, torch.Generator().manual_seed(0))
     assert 0.3 < fresh.std() < 0.6
+
+
+BOTH = [("flow", "v"), ("v", "flow"), ("noise", "flow"), ("clean", "v"), ("flow", "bridge"), ("bridge", "flow")]
+pairs = pytest.mark.parametrize("trained, serves", BOTH)
+
+
+@pairs
+def test_a_network_of_one_path_says_on_another_what_that_path_s_own_says(trained, serves):
+    have, want = PATHS[trained], PATHS[serves]
+    t = torch.rand(2, 4) * 0.9 + 0.05
+    x = want.at(X, EPS, t)
+    torch.testing.assert_close(noise.Matched(ideal(have), have, want)(x, t, None), ideal(want)(x, t, None), atol=1e-4, rtol=1e-4)
+
+
+@pairs
+def test_matched_times_have_the_same_signal_to_noise(trained, serves):
+    have, want = PATHS[trained], PATHS[serves]
+    t = torch.linspace(0.02, 0.98, 17).double()
+    s = noise.match(t, have, want)
+    torch.testing.assert_close(want.a(s) * have.c(t), want.c(s) * have.a(t), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(noise.match(s, want, have), t, atol=1e-9, rtol=0)
+
+
+def test_matched_times_in_closed_form():
+    t = torch.linspace(0, 1, 11)
+    torch.testing.assert_close(noise.match(t, noise.preserving(), noise.flow()), 1 / (1 + 1 / torch.tan(t * math.pi / 2)))
+    assert noise.match(t, noise.flow(), noise.preserving())[[0, -1]].tolist() == [0, 1]
+
+
+def test_a_network_serves_its_own_path():
+    model = ideal(FLOW)
+    torch.testing.assert_close(noise.Matched(model, FLOW, FLOW)(X, T, None), model(X, T, None), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained, serves", BOTH[:4])
+@pytest.mark.parametrize("step", [noise.euler, noise.heun])
+@pytest.mark.parametrize("kind", ["ideal", "VideoModel"])
+def test_sampling_through_the_wrapper_is_sampling_natively(trained, serves, step, kind):
+    """The same noise, the same signal-to-noise ratios, the same steps: the sample agrees, whoever walks."""
+    have, want = PATHS[trained], PATHS[serves]
+    model, cond = ideal(have), None
+    if kind == "VideoModel":
+        model, cond = VideoModel(3, 32, 2, 2, patch=1).double(), Cond(text=torch.tensor([[5, 6, 0], [7, 8, 9]]))
+        model.requires_grad_(False)
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    times = 0.99 * noise.table(8, 4).double()  # at t = 1 the path "noise" says nothing of the clean clip
+    x = X.double()
+    native = noise.sample(model, have, x, cond, times, step)
+    a, c, s = have.a(times[0]), have.c(times[0]), noise.match(times, have, want)
+    scale = ((want.a(s[0]) ** 2 + want.c(s[0]) ** 2) / (a**2 + c**2)).sqrt()  # a clip on its way is longer or shorter there
+    served = noise.sample(noise.Matched(model, have, want), want, x * scale[:, None, None], cond, s, step)
+    torch.testing.assert_close(served, native, atol=1e-5, rtol=1e-5)
+
+
+def test_the_wrapper_hands_the_gradient_and_the_cache_on():
+    seen = []
+
+    def model(x, t, cond, cache):
+        seen.append((cond, cache))
+        return x * 2
+
+    x = X.clone().requires_grad_(True)
+    noise.Matched(model, FLOW, PATHS["v"])(x, torch.tensor([0.2, 0.7]), "told", "held").sum().backward()
+    assert seen == [("told", "held")] and x.grad.abs().min() > 0
 
 
 def test_frames_whose_time_stands_still_are_left_alone():

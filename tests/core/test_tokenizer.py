@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minivid.core import fit
 from minivid.core.baselines.vq import FSQ
 from minivid.core.tokenizer import Pix, Stream, Tokenizer
 
@@ -117,13 +118,27 @@ def test_settling_gives_unit_variance_and_changes_no_clip():
     torch.testing.assert_close(tok.decode(z), before, atol=1e-4, rtol=0)
 
 
+def test_two_processes_draw_the_noise_of_one():
+    """The law of `fit`: every process draws for the whole batch and takes its share."""
+    tok, x = make(time_stride=4, noise=0.5).train(), clip(5, 16, 1).expand(4, -1, -1, -1, -1)
+
+    def back(rows, rank, world):
+        g = fit.draws(0, 3)
+        g.rank, g.world = rank, world
+        return tok(rows, g)[0]
+
+    whole = back(x, 0, 1)
+    assert (whole[0] - whole[1]).abs().max() > 0.01  # there is noise, and each sample has its own
+    torch.testing.assert_close(torch.cat([back(x[:2], 0, 2), back(x[2:], 1, 2)]), whole, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("bad, error, says", [
-    (torch.zeros(3, 5, 16, 16), ValueError, "b 3 f h w"),
-    (torch.zeros(1, 4, 5, 16, 16), ValueError, "b 3 f h w"),
+    (torch.zeros(3, 5, 16, 16), ValueError, "b c f h w"),
+    (torch.zeros(1, 4, 5, 16, 16), ValueError, "c = 3"),
     (torch.zeros(1, 3, 5, 16, 16, dtype=torch.uint8), TypeError, "uint8"),
     (torch.full((1, 3, 5, 16, 16), 200.0), ValueError, "200"),
     (torch.full((1, 3, 5, 16, 16), torch.nan), ValueError, "NaN"),
-    (torch.zeros(1, 3, 5, 18, 16), ValueError, "divisible by 4"),
+    (torch.zeros(1, 3, 5, 18, 16), ValueError, "divide by 4"),
     (torch.zeros(1, 3, 6, 16, 16), ValueError, "1 \\+ 4k"),
 ])
 @pytest.mark.usefixtures("untyped")

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 
 from minivid import training, world
-from minivid.core import corpus, fit, weights
+from minivid.core import corpus, fit, text, weights
+from minivid.core.tokenizer import Pix
 from minivid.training import command, generators, tokenizers
 from minivid.training.recipe import Recipe, pick
 
+WORDS = text.tokens(["a red circle moves left"] * 4)
 SETTINGS = dict(channels=3, time_stride=1, widths=[4, 8], depths=[1, 1])
 
 
@@ -38,9 +41,28 @@ def test_train_ships_weights_with_their_command(tiny):
     assert (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.01  # settled
 
 
-def test_resumed_is_uninterrupted_and_a_new_run_starts_anew(tiny, monkeypatch):
+def test_every_parameter_has_one_optimiser():
+    model = weights.build("video", dict(channels=3, d=16, depth=2, heads=2))
+    recipe = Recipe("video", {}, material, generators.generate_loss(), 1, muon=0.01)
+    both = command.optimisers(model, recipe)
+    held = {name: [p for g in part.param_groups for p in g["params"]] for name, part in both.items()}
+    assert sorted(map(id, held["opt"] + held["muon"])) == sorted(map(id, model.parameters()))
+    q, table = model.trunk.blocks[1].attention.q, model.trunk.blocks[1].table
+    assert any(p is q.weight for p in held["muon"])
+    assert all(any(p is x for p in held["opt"]) for x in (q.bias, table, model.text.word.weight, model.head.project.weight))
+    assert list(command.optimisers(model, Recipe("video", {}, material, generators.generate_loss(), 1))) == ["opt"]
+
+
+@pytest.mark.parametrize("muon", [None, 0.01])
+def test_resumed_is_uninterrupted_and_a_new_run_starts_anew(tiny, monkeypatch, muon):
+    if muon:
+        batches = material("cpu")
+        latents = lambda device: lambda i: (batches(i)[..., :8, :8], WORDS)
+        small = dict(channels=3, d=16, depth=1, heads=2)
+        recipe = Recipe("video", small, latents, generators.generate_loss(), 12, 1e-3, 4, muon=muon)
+        monkeypatch.setitem(training.RECIPES, "tiny", recipe)
     whole = training.train("tiny", out=tiny / "whole")
-    real, seen = tokenizers.reconstruct, []
+    real, seen = training.RECIPES["tiny"].objective, []
 
     def breaks(model, batch, generator):
         seen.append(0)
@@ -60,6 +82,21 @@ def test_resumed_is_uninterrupted_and_a_new_run_starts_anew(tiny, monkeypatch):
     assert all(torch.equal(a[k], b[k]) for k in a)
     anew = training.train("tiny", out=tiny / "anew")
     assert weights.card(anew)["made"]["resumed_from"] == 0
+
+
+def test_compiled_parts_train_to_the_same_values(tiny, monkeypatch):
+    plain, real, compiled = training.train("tiny", out=tiny / "plain"), nn.Module.compile, []
+
+    def without_a_compiler(module, **options):  # the tracing is real, only the machine code isn't made
+        compiled.append(module)
+        real(module, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", without_a_compiler)
+    path = training.train("tiny", out=tiny / "compiled", compiled=True)
+    assert len(compiled) >= 4
+    a, b = weights.read(plain)[0], weights.read(path)[0]
+    assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
+    assert weights.card(path)["made"]["products"] in ("bfloat16", "float32")
 
 
 def test_errors(tiny):
@@ -114,3 +151,18 @@ def test_the_recognition_loss_draws_from_its_generator_alone():
         torch.manual_seed(seed)
         found.append(tokenizers.recognise(model, batch, fit.draws(0, 5))["loss"])
     assert torch.equal(*found)
+
+
+def test_windows_have_their_lengths_and_their_captions(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIVID_RUNS", str(tmp_path))
+    pix = Pix(4)
+    monkeypatch.setattr(weights, "load", lambda name, device: pix)
+    batches = generators.windows("pix", "base", 8, 2, (16, 8, 1))("cpu")
+    scenes = corpus.scenes("base", 8)
+    clips, said = pix.encode(world.batch(scenes, 32, 17)), corpus.captions("base", 8)
+    for i, (b, f) in enumerate([(2, 16), (4, 8), (8, 1), (2, 16)]):
+        latent, words = batches(i)
+        assert latent.shape == (b, 48, f, 8, 8) and words.shape == (b, 16)
+        for row, caption in zip(latent, words, strict=True):
+            same = [n for n in range(8) if torch.equal(said[n], caption)]
+            assert any((clips[n][:, k : k + f] - row).abs().max() < 0.01 for n in same for k in range(18 - f))
