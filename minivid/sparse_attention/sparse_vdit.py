@@ -33,7 +33,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..core.attention import Attention, dense, scores
+from ..core.attention import Attention, dense, grouped, scores
 from ..core.surgery import swap
 from ..core.where import Where
 
@@ -170,14 +170,13 @@ class Sparse:
         grid = whole(q, where)
         if len(self.modes) != q.shape[1] or any(c >= grid[0] for mode in self.modes for c in mode.columns):
             raise ValueError(f"{len(self.modes)} modes don't fit {q.shape[1]} heads, {grid[0]} frames: search them anew; {self}")
-        if k.shape[1] < q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        k, v = grouped(q, k), grouped(q, v)
         teams: dict[tuple, list[int]] = {}
         for head, mode in enumerate(self.modes):
             teams.setdefault((mode.kind, mode.width, len(mode.columns)), []).append(head)
         if len(teams) == 1:
             return run(self.modes, q, k, v, grid)
-        o = v.new_empty(*q.shape[:3], v.shape[-1])
+        o = torch.empty_like(v)
         for heads in teams.values():
             o[:, heads] = run([self.modes[i] for i in heads], *(x[:, heads] for x in (q, k, v)), grid)
         return o
@@ -321,8 +320,8 @@ class Online:
     width: int
     rows: int = 32
 
-    def __call__(self, q: Heads, k: Heads, v: Heads, where: Where) -> Heads:
-        grid, n = whole(q, where), q.shape[2]
+    def __call__(self, q: Heads, k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"], where: Where) -> Values:
+        grid, n, k, v = whole(q, where), q.shape[2], grouped(q, k), grouped(q, v)
         some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[: self.rows]
         logits = q[:, :, some] @ k.mT * q.shape[-1] ** -0.5
         full, gaps = logits.softmax(-1) @ v, []
@@ -331,11 +330,11 @@ class Online:
             masked = logits.masked_fill(~kept(mode, grid)[some], -torch.inf).softmax(-1) @ v
             gaps.append((masked - full).square().mean((2, 3)).flatten())
         q1, k1, v1 = (x.flatten(0, 1)[:, None] for x in (q, k, v))
-        o = torch.empty_like(q1)
+        o = torch.empty_like(v1)
         for mode, mine in zip(modes, (gaps[0] <= gaps[1], gaps[0] > gaps[1]), strict=True):
             if mine.any():
                 o[mine] = run([mode], q1[mine], k1[mine], v1[mine], grid)
-        return o.view_as(q)
+        return o.view_as(v)
 
 
 @dataclass(frozen=True)
@@ -347,9 +346,9 @@ class TopBlocks:
 
     count: int
 
-    def __call__(self, q: Heads, k: Heads, v: Heads, where: Where) -> Heads:
-        grid, shape = whole(q, where), q.shape
-        q, k, v = (x.unflatten(2, (grid[0], -1)).flatten(0, 1) for x in (q, k, v))
+    def __call__(self, q: Heads, k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"], where: Where) -> Values:
+        frames, b = whole(q, where)[0], len(q)
+        q, k, v = (x.unflatten(2, (frames, -1)).flatten(0, 1) for x in (q, grouped(q, k), grouped(q, v)))
         best = (q.mean(2) @ k.mean(2).mT).topk(self.count).indices  # (b k) i c
         heads = torch.arange(len(q))[:, None, None]
-        return sdpa(q, k[heads, best].flatten(2, 3), v[heads, best].flatten(2, 3)).reshape(shape)
+        return sdpa(q, k[heads, best].flatten(2, 3), v[heads, best].flatten(2, 3)).flatten(1, 2).unflatten(0, (b, -1))
