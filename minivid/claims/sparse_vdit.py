@@ -13,6 +13,7 @@ differ in what moves where: left or right in the one, up, down or not at all in 
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ SETS = {"sideways": ("left", "right"), "else": ("up", "down", "still"), "all": (
 
 
 @lru_cache(4)
-def loaded(name: str) -> torch.nn.Module:
+def loaded(name: str) -> Any:
     return weights.load(name)
 
 
@@ -103,10 +104,10 @@ def seconds(tables) -> torch.Tensor:
 def sparse(how: str, width: int, seed: int, fast: bool) -> torch.nn.Module:
     """The model with one of the ways to choose."""
     model, (tables, error) = loaded(MODEL), looked(seed, fast, width)
-    every = lambda *plugs: paper.swap(model, {f"{name}.attend": plugs[i % len(plugs)] for i, (name, _) in enumerate(places)})
+    names = [f"{name}.attend" for name, _ in paper.layers(model)]
+    every = lambda *plugs: paper.swap(model, {name: plugs[i % len(plugs)] for i, name in enumerate(names)})
     uniform = lambda mode: paper.sparsify(model, [[mode] * len(row) for row in tables[0]])
     built = lambda choice: paper.sparsify(model, paper.assemble(choice, tables))
-    places = paper.layers(model)
     match how:
         case "frames" | "places":
             return uniform(Mode("diagonal" if how == "frames" else "multi-diagonal", width))

@@ -38,7 +38,8 @@ from ..core.surgery import swap
 from ..core.where import Where
 
 Grid = tuple[int, int, int]  # frames, rows, columns of the token grid
-Heads, Values = Float[Tensor, "b k n d"], Float[Tensor, "b k n e"]
+Heads = Float[Tensor, "b k n d"]
+Values = Float[Tensor, "b k n e"]
 KINDS = ("full", "skip", "diagonal", "multi-diagonal", "stripe")  # M0 ... M4
 sdpa = F.scaled_dot_product_attention
 
@@ -61,7 +62,7 @@ class Mode:
 
 
 FULL, SKIP = Mode("full"), Mode("skip")
-Table = Sequence[Sequence[Mode]]  # one mode a layer and head
+Table = list[list[Mode]]  # by layer and head
 
 
 def groups(grid: Grid) -> int:
@@ -178,7 +179,7 @@ class Sparse:
             return run(self.modes, q, k, v, grid)
         o = torch.empty_like(v)
         for heads in teams.values():
-            o[:, heads] = run([self.modes[i] for i in heads], *(x[:, heads] for x in (q, k, v)), grid)
+            o[:, heads] = run([self.modes[i] for i in heads], q[:, heads], k[:, heads], v[:, heads], grid)
         return o
 
 
