@@ -148,8 +148,8 @@ class VQ(nn.Module):
              arXiv 2005.00341, section 3)
     """
 
-    def __init__(self, k: int, d: int, beta: float = 0.25, unit: bool = False, decay: float | None = None,
-                 restart: float = 0.0, seed: int = 0):
+    def __init__(self, k: int, d: int, beta: float | int = 0.25, unit: bool = False, decay: float | None = None,
+                 restart: float | int = 0, seed: int = 0):
         super().__init__()
         if restart and decay is None:
             raise ValueError("restart needs the counts that decay keeps: give a decay, say 0.99")
