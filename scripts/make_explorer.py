@@ -11,7 +11,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 import torch
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import avg_pool2d
 
 from minivid.core import noise, sample, text, weights
 from minivid.core.attention import scores
@@ -25,7 +25,7 @@ OUT = Path(__file__).resolve().parents[1] / "notebooks" / "papers" / "sparse-vdi
 MODEL, TOKENIZER, GRID = "frames", "tok-f", (16, 4, 4)
 CAPTION, SEED, STEPS, SHOWN = "a red circle moves right", 3, 20, (1, 5, 11, 19)
 WIDTHS = {0: 1, 1: 3, 2: 5, 4: 8}  # of the windows; columns of stripes that cost about as much
-EPSILONS = [round(0.05 * i, 2) for i in range(21)]
+EPSILONS = [0.025 * i for i in range(25)]
 
 
 def beliefs(model, words, x) -> torch.Tensor:
@@ -47,7 +47,7 @@ def looked(model, calibrate) -> tuple:
     maps: dict[int, list] = {}
     calibrate(paper.watched(model, lambda i, q, k, v, where: maps.setdefault(i, []).append(scores(q, k, where).mean(0))))
     mean = torch.stack([torch.stack(maps[i]).mean(0) for i in sorted(maps)])
-    return tables, errors, max_pool2d(mean, mean.shape[-1] // 64)
+    return tables, errors, avg_pool2d(mean, mean.shape[-1] // 64)
 
 
 @torch.no_grad()

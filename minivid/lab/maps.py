@@ -36,7 +36,8 @@ FRAME = 4  # shown pixels of a coloured frame
 
 def _shaded(weights: np.ndarray, kept: np.ndarray | None = None, top: float = 1.0) -> np.ndarray:
     """Weights as bytes `... 3`, brightest from the quantile `top` on; where `kept` is False they are washed out."""
-    pixels = magnitude(np.sqrt(weights / (np.quantile(weights, top) or 1.0)), 1.0)
+    levels = np.sqrt(weights / (np.quantile(weights, top) or 1.0)).clip(0, 1)
+    pixels = magnitude((levels * 16).round() / 16, 1.0)  # few colours: a page of maps is then a sixth of the bytes
     return pixels if kept is None else np.where(kept[..., None], pixels, 255 - (255 - pixels) // 5).astype(np.uint8)
 
 
@@ -92,14 +93,12 @@ def head(
 
 def board(
     maps: Array, kinds: Sequence[Sequence[str]], colours: Mapping[str, str], caption: str = "", *,
-    chosen: tuple[int, int] | None = None, bars: Mapping[str, Sequence[Number]] | None = None, limit: Number | None = None,
-    parts: Sequence[str] = (), curve: tuple[Sequence[Number], Sequence[Number], int, str, str] | None = None, alt: str = "",
+    chosen: tuple[int, int] | None = None, sides: Sequence[Image.Image] = (), alt: str = "",
 ) -> Picture:  # fmt: skip
     """All heads of a model: thumbnails `l k n n` of their maps, each framed in the colour of its kind, which is written under it.
 
-    colours  kind -> colour of the palette     chosen  (layer, head) whose bars are shown: its frame is double
-    bars     name -> values stacked to one bar each, with the names `parts`; `limit` is a line across them
-    curve    xs, ys, the number of the point to mark, and the names and units of both axes
+    colours  kind -> colour of the palette      chosen  (layer, head) with a double frame
+    sides    what stands under one another on the right, as `bars` and `curve` draw it
     """
     values = checked(maps, "l k n m", "attention maps")
     if [len(row) for row in kinds] != [values.shape[1]] * values.shape[0]:
@@ -112,7 +111,6 @@ def board(
                  for i, (x, kind) in enumerate(zip(values[layer], row, strict=True))]  # fmt: skip
         sheet.tiles(tiles, list(row), left=f"layer {layer}", gap=40)
     page = sheet.image()
-    sides = ([_bars(bars, limit, parts)] if bars else []) + ([_curve(*curve)] if curve else [])
     high, wide = max(page.height, sum(x.height for x in sides)), page.width + max((x.width for x in sides), default=0)
     both = Image.new("RGB", (wide, high), "white")
     both.paste(page, (0, 0))
@@ -134,33 +132,33 @@ def _framed(tile: np.ndarray, colour: str, double: bool) -> np.ndarray:
     return out
 
 
-def _bars(bars: Mapping[str, Sequence[Number]], limit: Number | None, parts: Sequence[str]) -> Image.Image:
-    """Upright stacked bars with their names under them and their sums on top; the limit is a dashed line."""
-    wide, high, foot = 66 * len(bars) + 60, 300, 40
+def bars(values: Mapping[str, Sequence[Number]], parts: Sequence[str] = (), limit: Number | None = None) -> Image.Image:
+    """Upright bars, each stacked of up to two `parts`, names under them and sums on top; the limit is a dashed line."""
+    wide, high, foot = 66 * len(values) + 60, 300, 40
     page = Image.new("RGB", (wide * DENSITY, high * DENSITY), "white")
     draw = ImageDraw.Draw(page)
-    top = max([sum(v) for v in bars.values()] + [limit or 0]) * 1.05 or 1.0
+    top = max([sum(v) for v in values.values()] + [limit or 0]) * 1.05 or 1.0
     level = lambda v: (high - foot - v / top * (high - foot - 62)) * DENSITY
-    for i, (name, v) in enumerate(bars.items()):
+    for i, (name, v) in enumerate(values.items()):
         left, low = 20 + 66 * i, 0.0
         for part, ink in zip(v, ("blue", "orange"), strict=False):
             draw.rectangle([left * DENSITY, level(low + part), (left + 40) * DENSITY, level(low)], PALETTE[ink], INK)
             low += part
-        draw.text((left * DENSITY, level(low) - (TEXT + 5) * DENSITY), f"{low:.2f}", INK, font())
+        draw.text((left * DENSITY, level(low) - (TEXT + 5) * DENSITY), f"{low:.2f}", fill=INK, font=font())
         for j, word in enumerate(name.split("-")):
             draw.text(((left - 4) * DENSITY, level(0) + (3 + j * (TEXT + 3)) * DENSITY), word, INK, font())
     if limit is not None:
         for x in range(10, wide - 10, 12):
             draw.line([x * DENSITY, level(limit), (x + 7) * DENSITY, level(limit)], INK, DENSITY)
         draw.text(((wide - 40) * DENSITY, level(limit) - (TEXT + 4) * DENSITY), "limit", INK, font())
-    for j, (part, ink) in enumerate(zip(parts, ("blue", "orange"), strict=False)):
+    for j, (word, ink) in enumerate(zip(parts, ("blue", "orange"), strict=False)):
         draw.rectangle([20 * DENSITY, (6 + 18 * j) * DENSITY, 32 * DENSITY, (18 + 18 * j) * DENSITY], PALETTE[ink], INK)
-        draw.text((38 * DENSITY, (4 + 18 * j) * DENSITY), part, INK, font())
+        draw.text((38 * DENSITY, (4 + 18 * j) * DENSITY), word, INK, font())
     return page
 
 
-def _curve(xs: Sequence[Number], ys: Sequence[Number], at: int, x: str, y: str) -> Image.Image:
-    """A line through points, one of them marked, its values in words; the axes carry their ends."""
+def curve(xs: Sequence[Number], ys: Sequence[Number], at: int, x: str, y: str) -> Image.Image:
+    """A line through points, the one numbered `at` marked and in words; x, y: names and units of the axes."""
     wide, high, left, foot = 330, 230, 24, 42
     page = Image.new("RGB", (wide * DENSITY, high * DENSITY), "white")
     draw = ImageDraw.Draw(page)

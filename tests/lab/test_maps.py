@@ -68,8 +68,8 @@ def test_a_board_frames_heads_in_the_colours_of_their_kinds():
         assert (np.asarray(plain.image) == rgb(colour)).all(-1).any(), colour
     assert not (np.asarray(plain.image) == rgb(PALETTE["blue"])).all(-1).any()
     bars = {"skip": (1.0, 0.0), "multi-diagonal": (0.2, 0.1)}
-    full = maps.board(x, KINDS, COLOURS, chosen=(0, 1), bars=bars, limit=0.4, parts=("error", "price"),
-                      curve=([1, 0.5], [40, 20], 1, "share", "dB"))  # fmt: skip
+    sides = maps.bars(bars, ("error", "price"), 0.4), maps.curve([1, 0.5], [40, 20], 1, "share", "dB")
+    full = maps.board(x, KINDS, COLOURS, chosen=(0, 1), sides=sides)
     assert full.width > plain.width and (np.asarray(full.image) == rgb(PALETTE["blue"])).all(-1).any()
     with pytest.raises(ValueError, match="a kind for each"):
         maps.board(x, [["full"]], COLOURS)

@@ -1,13 +1,15 @@
 """Sparse-vDiT: its limits are dense attention, every kernel is the masked product it stands for, the search keeps its laws."""
 
+import hashlib
+
 import pytest
 import torch
-from checks import contracts
+from checks import ROOT, contracts
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minivid.core import noise
+from minivid.core import noise, weights
 from minivid.core.attention import Attention, dense, scores
 from minivid.core.model import Cond, Guided, VideoModel
 from minivid.core.where import grid
@@ -421,6 +423,12 @@ def test_refusals():
         Sparse((FULL, FULL))(q, k, v, where.join(grid(1, 1, 1)))
     with pytest.raises(ValueError, match=r"table has \[4\] heads by layer, the model \[4, 4\]"):
         paper.sparsify(noisy_model(), [[FULL] * 4])
+
+
+def test_what_the_lesson_shows_was_made_with_the_shipped_weights():
+    _, header = weights.read(ROOT / "notebooks" / "papers" / "sparse-vdit.safetensors")
+    digest = lambda name: hashlib.sha256(weights.path_of(name).read_bytes()).hexdigest()[:12]
+    assert header["weights"] == f"{digest('frames')} {digest('tok-f')}", "run `python scripts/make_explorer.py`"
 
 
 def test_sampling_with_a_sparse_model():
