@@ -36,7 +36,7 @@ def beliefs(model, words, x) -> torch.Tensor:
         seen.append(predict(x, t))
         return noise.remix(path, x, seen[-1], t, s)
 
-    noise.sample(Guided(model, 2.0), noise.flow(), x, Cond(text=words), noise.table(STEPS, x.shape[2]), step)
+    noise.sample(Guided(model, 2.0), noise.flow(), x, Cond(text=words), noise.table(STEPS, x.shape[2], shift=3.0), step)
     return torch.stack([seen[i] for i in SHOWN])
 
 
@@ -57,8 +57,8 @@ def main() -> None:
     shape = tokenizer.latent_shape(GRID[0], 32, 32)
     words, train = text.tokens([CAPTION]), captions("base", 6, seed=1)
     x = sample.start(6, shape, 100)
-    sparse_times = noise.table(5, GRID[0])
-    calibrate = lambda m: noise.sample(Guided(m, 2.0), noise.flow(), x, Cond(text=train), sparse_times)
+    few = noise.table(5, GRID[0], shift=3.0)
+    calibrate = lambda m: noise.sample(Guided(m, 2.0), noise.flow(), x, Cond(text=train), few)
     tables, errors, maps = looked(model, calibrate)
 
     runs = {"dense": model}

@@ -56,6 +56,11 @@ def draw(model: torch.nn.Module, wanted: list, seed: int, steps: int) -> torch.T
     return generate(said, seed, steps, frames=FRAMES, model=model, tokenizer=loaded(TOKENIZER))
 
 
+def clock(steps: int) -> list[float]:
+    """The times of `generate`'s steps, as it steps them."""
+    return noise.table(steps, 1, shift=3.0)[:, 0].tolist()
+
+
 @lru_cache(4)
 def dense_clips(seed: int, fast: bool, about: str = "all") -> torch.Tensor:
     return draw(loaded(MODEL), asked(seed, CLIPS[fast], about=about), seed, STEPS[fast])
@@ -123,11 +128,11 @@ def sparse(how: str, width: int, seed: int, fast: bool) -> torch.nn.Module:
         case "timed":  # the fast form doesn't measure time
             return built(chosen(seed, fast, width, cost=None if fast else seconds(tables)))
         case "dense start":  # the first tenth of the steps
-            return paper.ByTime([model, built(chosen(seed, fast, width))], [0.9])
-        case "two tables":  # one for the noisy half of the way, one for the clean half
+            return paper.ByTime([model, built(chosen(seed, fast, width))], [clock(STEPS[fast])[STEPS[fast] // 10]])
+        case "two tables":  # one for the first half of the steps, one for the second
             half = len(error) // 2
             halves = [built(chosen(seed, fast, width, calls=calls)) for calls in (slice(half), slice(half, None))]
-            return paper.ByTime(halves, [0.5])
+            return paper.ByTime(halves, [clock(STEPS[fast])[STEPS[fast] // 2]])
     return built(chosen(seed, fast, width))
 
 
@@ -153,7 +158,7 @@ def attention_cost(model, steps: int) -> float:
     """FLOPs of attention beside those of dense attention, all steps together; everything that is computed counts."""
     x, full = torch.zeros(1, loaded(MODEL).channels, FRAMES, 8, 8), loaded(MODEL)
     at = lambda model, t: measure.flops(lambda: model(x, torch.tensor([t]), Cond()))
-    times = noise.table(steps, 1)[:-1, 0].tolist()
+    times = clock(steps)[:-1]
     n = TOKENS[0] * TOKENS[1] * TOKENS[2]
     whole = sum(4 * n * n * layer.v.out_features for _, layer in paper.layers(full))
     return 1 - (at(full, 0.5) - sum(at(model, t) for t in times) / steps) / whole

@@ -103,7 +103,7 @@ show.bars(speeds, "times as fast as full attention", digits=2)
 seen, shape = {}, tokenizer.latent_shape(16, 32, 32)
 words, x = text.tokens([header["caption"]]), sample.start(1, shape, int(header["seed"]))
 watched = paper.watched(model, lambda layer, *heads: seen.setdefault(layer, []).append(heads))
-_ = noise.sample(Guided(watched, 2.0), noise.flow(), x, Cond(text=words), noise.table(20, 16))
+_ = noise.sample(Guided(watched, 2.0), noise.flow(), x, Cond(text=words), noise.table(20, 16, shift=3.0))
 
 
 def looks(layer, head, step):
@@ -254,7 +254,7 @@ play.knobs(
 
 # %% tags=["nbval-ignore-output"]
 other = text.tokens(["a large green star moves up"])
-calibrate = lambda m: noise.sample(m, noise.flow(), sample.start(1, shape, 9), Cond(text=other), noise.table(2, 16))
+calibrate = lambda m: noise.sample(m, noise.flow(), sample.start(1, shape, 9), Cond(text=other), noise.table(2, 16, shift=3.0))
 once = paper.errors(model, calibrate, tables[1]).mean((0, 1))
 alone = paper.search(once, cost, epsilon=paper.tolerance(once, cost, 0.4))
 same, share = (alone == choice).sum().item(), lambda one: one.flatten().bincount(minlength=5) / 24
@@ -320,7 +320,7 @@ dense = attention.dense(q, k, v, at)
 limits = {"window over all frames": paper.Mode("diagonal", 15), "window over all places": paper.Mode("multi-diagonal", 15),
           "stripe of all frames": paper.Mode("stripe", columns=tuple(range(16)))}  # fmt: skip
 for name, mode in limits.items():
-    assert torch.allclose(paper.Sparse((mode,) * 4)(q, k, v, at), dense, atol=1e-5)
+    assert torch.allclose(paper.Sparse((mode,) * 4)(q, k, v, at), dense, atol=1e-4)
     print(f"{name:24} = full attention")
 silent = paper.Sparse((paper.SKIP,) * 4)(q, k, v, at)
 print("a skipped head says", silent.unique().tolist())
