@@ -4,7 +4,7 @@ Paper:   Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate Vid
 Kind:    part (the attention of every layer, replaced from outside in a trained model)
 Equal:   dense attention, where every head is full, every window reaches the ends, or every column is kept
 Claim:   at 30 % of the score blocks, same-seed PSNR to the dense clip: +1 dB over one window for all heads, over the same modes
-         dealt at random, and over choosing online; the modes agree to 90 % between unlike captions; more than 1.2x faster
+         dealt at random, and over choosing online; the modes agree to 90 % between unlike captions; attention 1.5x faster
 Differs: words enter by cross-attention, so no text rows stay dense. A block is one frame's number of tokens. Errors are in units
          of the layer's mean output energy, so that lambda and epsilon mean the same everywhere. Inferred, since no code was
          published: one table for all steps, and a stripe's columns are the frames that receive most attention in calibration
