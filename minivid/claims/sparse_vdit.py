@@ -9,6 +9,14 @@ A seed is a set of eight held-out captions, their noise, and other captions for 
 after three, intervals were 5 dB wide to either side, so five were added and no margin was touched. PSNR is to the clip of the
 dense model from the same noise; "second seed" is the dense model from other noise. The two disjoint sets of captions differ in
 what moves where: left or right in the one, up, down or not at all in the other.
+
+Outcome: which pattern a head follows belongs to the head: captions explain a hundredth of what heads do, and searching beats one
+window for all by 3 to 7 dB, and the same modes dealt at random by 4. Against choosing online it loses 1 to 2 dB: our clips have
+only 16 frames of 16 places, so a good choice for this very input is worth more than on long clips, and its price in FLOPs is
+small; in time it isn't, online is slower than dense attention and the searched model three times faster. Modes agree in 90 % of
+the heads between unlike captions, too close to the margin for eight seeds to tell. A table for each half of the steps, or a dense
+start, brings 2 to 3 dB back; directions suffer most. Our kernels come to 76 to 97 % of what their patterns promise, so they can't
+be twice as fast as compiled FlexAttention: 1.2 to 1.4 times.
 """
 
 import math
