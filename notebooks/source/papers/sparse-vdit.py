@@ -328,7 +328,7 @@ print("a skipped head says", silent.unique().tolist())
 # %% [markdown]
 # ## The claim
 #
-# Measured on held-out captions with three seeds, margins fixed before. All at 29 % of the pairs; *online* chooses between
+# Measured on held-out captions with eight seeds, margins fixed before. All at 29 % of the pairs; *online* chooses between
 # both windows anew at every call, *top blocks* finds the best frames for each block of queries at every call.
 
 # %% tags=["nbval-ignore-output"]
