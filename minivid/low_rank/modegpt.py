@@ -3,8 +3,13 @@
 Paper:   MoDeGPT: Modular Decomposition for Large Language Model Compression (2024), arXiv 2408.09632
 Kind:    surgery (a trained model in, a narrower one out: no gradient, no fine-tuning, no further matrices)
 Equal:   the model, where all widths are kept; a width that carries nothing may go at no cost
-Claim:   TO WRITE
-Differs: TO WRITE
+Claim:   with 30 % of the blocks' matrices gone the loss rises at least 20 % less than by whitened SVD, 50 % less than by plain SVD
+         and by pruning; shares of removal by influence beat even ones; of a feed-forward, units by leverage err 5 % less than
+         random ones with the same fit, and the fit itself halves the error of the largest; q.k pays for the rotation
+Differs: a video generator of 1.9 M parameters measured with three draws of calibration, not language models and their tasks.
+         Attention to words is cut as well. Rotary pairs of all three axes compete, and each keeps its axis and frequency.
+         Queries and keys that are normed are left alone, since a norm over fewer numbers is another norm. Inferred, since the
+         authors' code wasn't found: the entropy in the allocation, its cap of 0.8, both ridges, the size of the calibration
 
 Replacing one matrix by two thin ones pays only below half the rank: 2 r d numbers against d d. But a transformer has pairs of
 matrices with a width between them, and that width can simply shrink. What stands between the two decides how:
@@ -17,10 +22,10 @@ All three need only covariances of activations, kept in float64. Matrices stand 
 keeps W'; X are the rows that enter, after the norm.
 """
 
-import bisect
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -66,9 +71,10 @@ def roots(c: Float[Tensor, "d d"], ridge: float = 1e-5) -> tuple[Float[Tensor, "
     return (vector * value) @ vector.T, (vector / value) @ vector.T
 
 
-def values(
-    c: Float[Tensor, "d d"], v: Float[Tensor, "g d e"], o: Float[Tensor, "g e n"], rank: int, ridge: float = 1e-5
-) -> tuple[Float[Tensor, "g d r"], Float[Tensor, "g r n"]]:
+Factors = tuple[Float[Tensor, "g d r"], Float[Tensor, "g r n"]]
+
+
+def values(c: Float[Tensor, "d d"], v: Float[Tensor, "g d e"], o: Float[Tensor, "g e n"], rank: int, ridge=1e-5) -> Factors:
     """V', O' of rank r that minimise |X (V O - V' O')|, head by head, by two small decompositions in place of a large one.
 
     C^1/2 V = U S W';  S W' O = U' S' W'';  then V' = C^-1/2 U U'[:, :r] and O' = S'[:r] W''[:r].
@@ -144,16 +150,14 @@ def find(model: nn.Module, within: str = "", plain: Sequence[str] = ()) -> list[
 
 def _heads(model: nn.Module, block: str, above: str, names: list[str], plain: bool) -> list[Pair]:
     """The pairs of one attention."""
-    whole, (q, k, v, _) = model.get_submodule(above), map(model.get_submodule, names)
+    whole, k, v = (model.get_submodule(name) for name in (above, *names[1:3]))
     heads = next(getattr(whole, word) for word in ("heads", "num_heads", "num_attention_heads") if hasattr(whole, word))
     key_heads = getattr(whole, "key_heads", getattr(whole, "num_key_value_heads", heads))
     own, normed = isinstance(whole, Attention), any("norm" in name for name, _ in whole.named_modules())
     rescale = not any(hasattr(whole, word) for word in ("width", "scale", "scaling"))
-    found = [Pair("vo", block, (names[2], names[3]), v.out_features // key_heads, heads, key_heads)]
-    if (own or plain) and not normed:
-        qk = Pair("qk", block, (names[0], names[1]), k.out_features // key_heads, heads, key_heads, own, rescale)
-        found.insert(0, qk)
-    return found
+    qk = Pair("qk", block, (names[0], names[1]), k.out_features // key_heads, heads, key_heads, own, rescale)
+    vo = Pair("vo", block, (names[2], names[3]), v.out_features // key_heads, heads, key_heads)
+    return [qk, vo] if (own or plain) and not normed else [vo]
 
 
 # --- what activations say ---------------------------------------------------------------------------------------------
@@ -178,20 +182,18 @@ class _Turn:
         self.before, self.total, self.n = None, 0.0, 0
 
     def add(self, x: Tensor) -> None:
-        if self.before is None:
-            self.before = x
-            return
-        cosine = nn.functional.cosine_similarity(self.before.double(), x.double(), dim=-1)
-        self.before, self.total, self.n = None, self.total + cosine.sum().item(), self.n + cosine.numel()
+        before, self.before = self.before, x
+        if before is not None:
+            cosine = nn.functional.cosine_similarity(before.double(), x.double(), dim=-1)
+            self.before, self.total, self.n = None, self.total + cosine.sum().item(), self.n + cosine.numel()
 
 
-@dataclass
-class Seen:
+class Seen(NamedTuple):
     """What calibration found. influence: 1 - E cos(x_in, x_out) of each block; gram: of a layer, by name: X'X `d d` of what
     enters (for v, and the last of a feed-forward), or of each head `k d d` what comes out (q and k, turned)."""
 
-    influence: dict[str, float] = field(default_factory=dict)
-    gram: dict[str, Tensor] = field(default_factory=dict)
+    influence: dict[str, float]
+    gram: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -216,14 +218,9 @@ def observe(model: nn.Module, pairs: Sequence[Pair], batches: Iterable) -> Seen:
     return Seen(influence, {name: one.xx for name, one in gram.items()})
 
 
-def _watch(attend, for_q: _Heads, for_k: _Heads):
+def _watch(attend: Callable, for_q: _Heads, for_k: _Heads) -> Callable:
     """An attention that shows its queries and keys, after their turn."""
-
-    def watching(q, k, v, where):
-        for_q.add(q), for_k.add(k)
-        return attend(q, k, v, where)
-
-    return watching
+    return lambda q, k, v, where: (for_q.add(q), for_k.add(k)) and attend(q, k, v, where)
 
 
 # --- how much goes where ----------------------------------------------------------------------------------------------
@@ -252,23 +249,17 @@ def allocate(s: Float[Tensor, "l"], average: float, epsilon: float, cap: float =
 def plan(
     model: nn.Module, pairs: Sequence[Pair], influence: dict[str, float], share: float, epsilon: float
 ) -> dict[Pair, int]:
-    """The widths with which the pairs keep at most this share of their weights, and as nearly it as whole widths allow.
+    """The widths with which the pairs keep at most this share of their weights: those of the least average that does it.
 
-    The same phi holds for all pairs of a block; its average is found by bisection. Raises ValueError for a share that even the
-    largest cut exceeds.
+    The same phi holds for all pairs of a block. Raises ValueError where even the largest cut leaves more.
     """
     s, most = torch.tensor(list(influence.values())), share * sum(p.size(model, p.full) for p in pairs)
-
-    def at(average: float) -> dict[Pair, int]:
-        phi = dict(zip(influence, allocate(s, average, epsilon).tolist(), strict=True))
-        return {p: p.kept(phi[p.block]) for p in pairs}
-
-    fits = lambda widths: sum(p.size(model, w) for p, w in widths.items()) <= most
-    averages = [CAP * i / 4096 for i in range(4097)]
-    i = bisect.bisect_left(averages, True, key=lambda average: fits(at(average)))
-    if i == len(averages):
-        raise ValueError(f"at most {CAP} of a block may go, and that leaves more than the share {share} asked for")
-    return at(averages[i])
+    for step in range(801):
+        phi = dict(zip(influence, allocate(s, step * CAP / 800, epsilon).tolist(), strict=True))
+        widths = {p: p.kept(phi[p.block]) for p in pairs}
+        if sum(p.size(model, width) for p, width in widths.items()) <= most:
+            return widths
+    raise ValueError(f"at most {CAP} of a block may go, and that leaves more than the share {share} asked for")
 
 
 # --- cutting ----------------------------------------------------------------------------------------------------------
@@ -310,26 +301,26 @@ def shrink(model: nn.Module, seen: Seen, widths: dict[Pair, int], ridge: float =
     """The model with these widths. What keeps its width is shared with `model`, which stays as it is."""
     new, turned = {}, {}
     for p, width in widths.items():
+        own, c = [model.get_submodule(name) for name in p.layers], [seen.gram.get(name) for name in p.layers]
         if width == p.full:
             continue
-        own = [model.get_submodule(name) for name in p.layers]
         if p.kind == "mlp":
-            c = seen.gram[p.layers[-1]]
-            keep = leverage(c, ridge).topk(width).indices.sort().values
-            made = cut_mlp(own, keep, nystroem(c, keep))
+            keep = leverage(c[-1], ridge).topk(width).indices.sort().values
+            made = cut_mlp(own, keep, nystroem(c[-1], keep))
         elif p.kind == "vo":
-            made = cut_vo(*own, p, seen.gram[p.layers[0]], width)
+            made = cut_vo(own[0], own[1], p, c[0], width)
         else:
-            score = products(*(seen.gram[name] for name in p.layers), p.rotary)
-            keep = score.topk(width // (1 + p.rotary)).indices.sort().values
-            turned |= {p: keep} if p.rotary else {}
-            made = cut_qk(*own, p, torch.cat([keep, keep + p.full // 2], 1) if p.rotary else keep)
+            keep = products(c[0], c[1], p.rotary).topk(width // (1 + p.rotary)).indices.sort().values
+            if p.rotary:
+                turned[p.layers[0].rpartition(".")[0]] = keep
+                keep = torch.cat([keep, keep + p.full // 2], 1)
+            made = cut_qk(own[0], own[1], p, keep)
         new |= dict(zip(p.layers, made, strict=True))
     thin = swap(model, new)
-    for p, keep in turned.items():  # each pair keeps its axis and frequency, which belong to the state dict from now on
-        attention = thin.get_submodule(p.layers[0].rpartition(".")[0])
-        for name in ("axis", "freq"):
-            attention.register_buffer(name, getattr(attention, name).expand(len(keep), -1).gather(1, keep))
+    for name, keep in turned.items():  # each pair keeps its axis and frequency, which belong to the state dict from now on
+        attention = thin.get_submodule(name)
+        for word in ("axis", "freq"):
+            attention.register_buffer(word, getattr(attention, word).expand(len(keep), -1).gather(1, keep))
     return thin
 
 
@@ -350,9 +341,9 @@ def reload(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         if isinstance(part, nn.Linear) and part.weight.shape != state[f"{name}.weight"].shape:
             new[name] = linear(state[f"{name}.weight"], state.get(f"{name}.bias"))
     model = swap(model, new)
-    for name, part in model.named_modules():
-        if isinstance(part, Attention) and f"{name}.axis" in state:
-            for word in ("axis", "freq"):
-                part.register_buffer(word, state[f"{name}.{word}"])
+    for name, value in state.items():
+        above, _, word = name.rpartition(".")
+        if word in ("axis", "freq") and name not in model.state_dict():
+            model.get_submodule(above).register_buffer(word, value)
     model.load_state_dict(state)
     return model

@@ -29,7 +29,8 @@ def close(a, b, tolerance=1e-5):
 def rows(n=300, d=12, seed=0):
     """Rows of unequal, correlated channels."""
     dice = torch.Generator().manual_seed(seed)
-    return (torch.randn(n, d, generator=dice, **double) * torch.logspace(-1, 0.5, d)) @ torch.randn(d, d, generator=dice, **double)
+    x = torch.randn(n, d, generator=dice, **double) * torch.logspace(-1, 0.5, d)
+    return x @ torch.randn(d, d, generator=dice, **double)
 
 
 def gram(x):
