@@ -143,7 +143,8 @@ def greedy(b: Bench, share: float, step: float) -> nn.Module:
     while b.size(widths(removed)) > share * b.size():
         ways = [removed | {block: less + step} for block, less in removed.items() if less + step < paper.CAP + 1e-6]
         removed = min(ways, key=lambda way: loss(paper.shrink(b.model, b.seen, widths(way)), b.calibration[:1]))
-    return paper.shrink(b.model, b.seen, widths(removed))
+    scaled = (widths({block: less * part / 500 for block, less in removed.items()}) for part in range(501))
+    return paper.shrink(b.model, b.seen, next(way for way in scaled if b.size(way) <= share * b.size()))
 
 
 @lru_cache(3)
@@ -161,6 +162,10 @@ def entering(b: Bench) -> dict[str, Tensor]:
 def factored(b: Bench, share: float, grams: dict[str, Tensor] | None = None, shared_out: bool = False) -> nn.Module:
     """Every matrix as two, plain or whitened; at one share, or with ranks shared out among them."""
     ranks = {name: rank_for(layer.out_features, layer.in_features, share) for name, layer in b.layers.items()}
+    left = share * b.size() - sum(ranks[name] * sum(layer.weight.shape) for name, layer in b.layers.items())
+    for name, layer in b.layers.items():  # whole ranks leave something over
+        if left >= sum(layer.weight.shape):
+            ranks[name], left = ranks[name] + 1, left - sum(layer.weight.shape)
     if shared_out and grams is not None:
         ranks = shares_of_energy(b, share, grams)
     whole = lambda layer, rank: rank * sum(layer.weight.shape) >= layer.weight.numel()

@@ -420,7 +420,7 @@ def test_sizes_and_reloading(kind, share, tmp_path):
     thin = paper.shrink(model, found, widths)
     full = sum(p.size(model, p.full) for p in pairs)
     size = sum(p.size(model, w) for p, w in widths.items())
-    assert share - 0.04 < size / full <= share
+    assert share - 0.01 < size / full <= share
     matrices = lambda m: sum(part.weight.numel() for part in m.modules() if isinstance(part, nn.Linear))
     assert matrices(model) - matrices(thin) == full - size
     for p in pairs:
