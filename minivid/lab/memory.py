@@ -129,8 +129,8 @@ class _Board:
     def strip(self, x: Number, y: Number, w: Number, h: Number, cells: int, lit: int, name: str, fill: str = "orange") -> None:
         """A strip of cells along its longer side, the one numbered `lit` with a thick edge."""
         for i in range(cells):
-            place = (x + i * w / cells, y, w / cells, h) if w > h else (x, y + i * h / cells, w, h / cells)
-            self.box(*place, fill)
+            a, b, c, d = (x + i * w / cells, y, w / cells, h) if w > h else (x, y + i * h / cells, w, h / cells)
+            self.box(a, b, c, d, fill)
         if 0 <= lit < cells:
             a, b, c, d = (x + lit * w / cells, y, w / cells, h) if w > h else (x, y + lit * h / cells, w, h / cells)
             for grow in (1, 2):
