@@ -90,6 +90,7 @@ def believed(net, clip, t):
     return tokenizer.decode(path.clean(x, at, net(x, at, conds[clip])))[0]
 
 
+# %%
 @lru_cache(None)
 def looks(clip, t):
     """Per layer what its heads compare: (q, k, v, places)."""
@@ -140,6 +141,7 @@ def best(one):
     return [ordered[int(s * (ordered.numel() - 1))].item() for s in shares]
 
 
+# %%
 def draw(axes):
     for ax, clip in zip(axes, clips, strict=True):
         for one in all_maps(clip, 0.7).flatten(0, 1):
@@ -176,6 +178,7 @@ for table in tables[2:]:
     seconds[table[0][0].kind] = 1 / measure.ratio(lambda: attention.dense(*long), lambda plug=plug: plug(*long), 5).median
 
 
+# %%
 @lru_cache(None)
 def chosen(epsilon):
     """The table, its share of the blocks, and the sparse model."""
@@ -189,6 +192,7 @@ def dense_clip(clip, t):
     return believed(model, clip, t)
 
 
+# %%
 def price(table, share):
     heads = [mode.kind for row in table for mode in row]
     time = sum(seconds[kind] for kind in heads) / len(heads)

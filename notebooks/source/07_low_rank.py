@@ -96,6 +96,7 @@ def spectrum(matrix):
     return (energy.cumsum(0) / energy.sum()).tolist()
 
 
+# %%
 def draw(axes):
     for ax, (title, role) in zip(axes, roles.items(), strict=True):
         for name in (name for name in bench.layers if name.endswith(role) and "cross" not in name):
@@ -133,6 +134,7 @@ def believed(net):
     return tokenizer.decode(noise.flow().clean(mixed, t, net(mixed, t, Cond(text=words))))[0]
 
 
+# %%
 def render(way, stays):
     net, whole = small(way, stays / 100), believed(model)
     now = believed(net)
