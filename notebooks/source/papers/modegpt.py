@@ -23,6 +23,7 @@
 
 # %%
 from functools import lru_cache
+from statistics import fmean
 
 import torch
 
@@ -30,7 +31,7 @@ from minivid.claims import modegpt as claim
 from minivid.core import sample, weights
 from minivid.core.baselines.lowrank import Factored, rank_for
 from minivid.core.surgery import swap
-from minivid.lab import claims, maps, play, show
+from minivid.lab import claims, maps, papers, play, show
 from minivid.low_rank import modegpt as paper
 from minivid.world.judge import read
 from minivid.world.scores import psnr
@@ -326,8 +327,7 @@ show.bars(values, "rise of the loss (a dot a draw)", "What 30 % less costs", dig
 
 # %% tags=["nbval-ignore-output"]
 shares = {"MoDeGPT": "modegpt", "whitened SVD": "whitened"}
-mean = lambda values: sum(values) / len(values)
-curves = {name: ([10, 30, 50], [mean(result["arms"][f"{way}, {share} %"]["values"]["rise"]) for share in (90, 70, 50)])
+curves = {name: ([10, 30, 50], [fmean(result["arms"][f"{way}, {share} %"]["values"]["rise"]) for share in (90, 70, 50)])
           for name, way in shares.items()}  # fmt: skip
 show.lines(curves, "weights gone from the blocks, %", "rise of the loss", "The deeper the cut")
 
@@ -336,7 +336,7 @@ for test in filter(lambda test: test["counts"], result["tests"]):
     print(f"{test['verdict']:15} {test['name']}")
 print("In all:", result["verdict"])
 print(claims.outcome("modegpt"))
-print("Where we differ:", paper.__doc__.split("Differs:")[1].split("\n\n")[0].strip())
+print("Where we differ:", papers.find("modegpt").card().differs)
 
 # %% [markdown]
 # The authors report 90 to 95 % of the zero-shot performance of Llama-2 and OPT at 25 to 30 % compression, within hours on one
