@@ -29,7 +29,7 @@ import torch
 
 from minivid.claims import dmmv as claim
 from minivid.core.surgery import record
-from minivid.lab import canvas, claims, measure, play, plots, show
+from minivid.lab import canvas, claims, measure, papers, play, plots, show
 from minivid.quantization import dmmv as paper
 from minivid.quantization.dmmv import MinMax, Search
 
@@ -341,7 +341,7 @@ show.bars(pixels, "wrong pixels, % (a dot a seed)", "When noise is uniform, the 
 
 # %%
 print(claims.outcome("dmmv"))
-print("Where we differ:", paper.__doc__.split("Differs:")[1].split("\n\n")[0].strip())
+print("Where we differ:", papers.find("dmmv").card().differs)
 
 # %% [markdown]
 # The authors report, on an accelerator: quantised networks 14 % better on average than other methods, tomography with 16 %
