@@ -180,7 +180,8 @@ memory.timeline({way: running.lives(way) for way in names}, 1024, 128, "One bloc
 
 # %% tags=["nbval-ignore-output"]
 result = claims.read("modegpt")["arms"]
-titles = {"modegpt": "MoDeGPT", "whitened": "SVD, weighted", "svd": "SVD", "pruned": "pruned by size", "uniform": "MoDeGPT, even"}
+titles = {"modegpt": "MoDeGPT", "uniform": "MoDeGPT, even", "whitened": "SVD, weighted",
+          "whitened, shared out": "SVD, ranks shared out", "svd": "SVD", "pruned": "pruned by size"}  # fmt: skip
 curves = {}
 for way, title in titles.items():
     arms = [result[f"{way}, {share} %"]["values"] for share in (50, 70, 90) if f"{way}, {share} %" in result]
