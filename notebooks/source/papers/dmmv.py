@@ -205,7 +205,7 @@ def barcode(goal, progress):
     z = walks[goal][progress]
     down = lambda error: [np.sort(np.abs(error(codes)))[::-1] for codes in (gptq, z)]
     pairs = {"fitted inputs": down(lambda codes: row.state(codes).D), "inputs not seen": down(gap)}
-    top = max(np.abs(row.state(begin).D).max(), np.abs(gap(begin)).max())
+    top = max(np.abs(gap(states[-1])).max() for states in ([begin], *walks.values()))
 
     def draw(axes):
         for ax, (title, (old, now)) in zip(axes, pairs.items(), strict=True):
