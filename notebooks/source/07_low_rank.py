@@ -48,8 +48,8 @@ model, tokenizer = weights.load("video"), weights.load("tok-v")
 # %% [markdown]
 # ## The picture first
 #
-# One caption, one noise, and 70 % of the numbers in the matrices of our generator's blocks, left out in three ways. First
-# the model watches itself on 96 noisy clips; two of the three ways use what they see.
+# One caption, one noise, and only 70 % of the numbers in the matrices of our generator's blocks, saved in three ways. First
+# the model watches itself on 96 noisy clips; two of the three ways use what it sees.
 
 # %%
 bench = claim.Bench.of(model, 99, fast=False, counts=(96, 8))
