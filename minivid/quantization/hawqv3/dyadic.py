@@ -1,6 +1,6 @@
 """Real factors as m / 2^c: multiply two integers, add half, shift. And the guard that proves that nothing else was done.
 
-    round(M acc)  becomes  (acc m + 2^(c-1)) >> c        >> of a negative integer rounds down, so this rounds halves up for both signs
+    round(M acc)  becomes  (acc m + 2^(c-1)) >> c        >> rounds down for both signs, so halves go up for both
 """
 
 from typing import NamedTuple
@@ -31,8 +31,9 @@ class Dyadic(NamedTuple):
 def dyadic(real: Float[Tensor, "*n"], width: int = WIDTH) -> Dyadic:
     """The nearest m / 2^c with m of `width` bits: real = f 2^e with f in [0.5, 1), m = floor(f 2^width + 1/2), c = width - e.
 
-    Worked out before inference. f >= 1/2 makes the relative error at most 2^-width. A few bits for a large number would shift to the
-    left: then m gets the zeros, and c is 1. Raises ValueError for numbers that aren't positive, and outside [2^-31, 2^30).
+    Worked out before inference. f >= 1/2 makes the relative error at most 2^-width. Few bits for a large number would
+    shift to the left: then m gets the zeros, and c is 1. Raises ValueError for numbers that aren't positive, and outside
+    [2^-31, 2^30).
     """
     if not 1 <= width <= WIDTH:
         raise ValueError(f"a multiplier has 1 to {WIDTH} bits, got {width}: a longer one could overflow int64")
