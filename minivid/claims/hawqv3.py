@@ -144,6 +144,12 @@ def calls(seed: int, n: int, split: str) -> list:
     return [(path.at(x, eps, t), t, cond), path.target(x, eps, t)]
 
 
+def first(call: list, n: int) -> list:
+    """The same for its first n clips."""
+    (x, t, cond), target = call
+    return [(x[:n], t[:n], Cond(text=cond.text[:n])), target[:n]]
+
+
 @dataclass
 class Bench:
     """A model, its layers in groups that are tied, their budgets, and what it is measured on."""
@@ -239,9 +245,7 @@ def greedy(b: Bench, cost: Tensor) -> list[int]:
 
 def ways(b: Bench, seed: int, fast: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The option of each layer by every way, Omega, and the traces."""
-    few = 2 if fast else 16
-    (x, t, cond), target = b.train
-    call = [(x[:few], t[:few], Cond(text=cond.text[:few])), target[:few]]
+    call = first(b.train, 2 if fast else 16)
     objective = lambda: (b.model(*call[0]) - call[1]).square().mean()
     trace = paper.curvature(objective, b.model, b.names, torch.Generator().manual_seed(seed), 1 if fast else 32)
     matrices = [b.model.get_submodule(name).weight.detach() for name in b.names]
