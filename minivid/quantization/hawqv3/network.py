@@ -145,8 +145,8 @@ class Join(nn.Module):
     def integer(self, main: Tensor, branch: Tensor, width: int = WIDTH) -> "IntegerJoin":
         """main, branch: the real worth of a unit of either, S_m (by channel, of an accumulator) and S_r."""
         wide, out = self.wide.steps, self.out.steps
-        factors = (dyadic(real, width) for real in (main / wide.step, branch / wide.step, wide.step / out.step))
-        return IntegerJoin(*factors, out)
+        onward = dyadic(wide.step / out.step, width)
+        return IntegerJoin(dyadic(main / wide.step, width), dyadic(branch / wide.step, width), onward, out)
 
 
 class IntegerJoin(nn.Module):

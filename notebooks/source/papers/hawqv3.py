@@ -64,7 +64,7 @@ def integers(width=31):
 made = {31: integers(31), 5: integers(5)}
 
 # %% tags=["nbval-ignore-output"]
-film = lambda frames: frames[:16].movedim(0, 1).float()
+film = lambda frames: frames[:16].movedim(0, 1).float().clamp(-1, 1)
 name = lambda width: f"{width} bits: {psnr(made[width][0], x).mean():.1f} dB, {made[width][1]:.3g} % of codes differ"
 show.clips(
     [film(x), film(want), film(made[31][0]), film(made[5][0])],
@@ -138,12 +138,12 @@ real = (layer.unit[channel] / simulation.more.out.steps.step).double().flatten()
 
 
 # %%
-def journey(width, accumulator):
-    by, value = paper.dyadic(real, width), numbers[accumulator - 1]
+def journey(bits, accumulator):
+    by, value = paper.dyadic(real, bits), numbers[accumulator - 1]
     m, c = int(by.m), int(by.c)
     exact, told = value * real.item(), int(paper.rescale(torch.tensor(value), by))
     sheet = Sheet()
-    sheet.text(f"An accumulator of {value:,} meets a multiplier of {width} bits", bold=True)
+    sheet.text(f"An accumulator of {value:,} meets a multiplier of {bits} bits", bold=True)
     lines = [
         f"the factor M = {real.item():.12f}", f"as m / 2^c = {m:,} / 2^{c} = {m / 2**c:.12f}",
         f"times m: {value * m:,}", f"plus half, 2^{c - 1}: {value * m + 2 ** (c - 1):,}", f"shifted right by {c}: {told:,}",
@@ -152,15 +152,15 @@ def journey(width, accumulator):
         sheet.text(line)
     same = told == int(np.floor(exact + 0.5))
     sheet.text(f"in floats: round({exact:.9f}): {'the same' if same else 'NOT the same'}", bold=True)
-    at = max(i for i, one in enumerate(widths) if one <= width)
+    at = max(i for i, one in enumerate(widths) if one <= bits)
     curve = maps.curve(widths, shares, at, "bits of the multiplier", "% of output codes that differ")
     sheet.tiles([np.asarray(curve)])
     return Picture(sheet.image(), "journey of a number", f"{'; '.join(lines)}; in floats {exact:.6f}.")
 
 
 # %% tags=["nbval-ignore-output"]
-settled = [dict(width=width, accumulator=4) for width in (4, 8, 31)]
-play.knobs(journey, settled=settled, width=play.IntRange(3, 31, 8), accumulator=play.IntRange(1, 4, 4))
+settled = [dict(bits=bits, accumulator=4) for bits in (4, 8, 31)]
+play.knobs(journey, settled=settled, bits=play.IntRange(3, 31, 8), accumulator=play.IntRange(1, 4, 4))
 
 # %% [markdown]
 # Why 31? The product of two numbers below $2^{31}$ just fits into 64 bits. A relative error of $2^{-31}$ moves a code only when
@@ -170,8 +170,10 @@ play.knobs(journey, settled=settled, width=play.IntRange(3, 31, 8), accumulator=
 #
 # Near a minimum the loss is quadratic, so a rounding error $\Delta W$ costs about
 # $\tfrac12 \Omega_i(b) = \tfrac12 \frac{\mathrm{Tr}\,H_i}{n_i}\,\|\Delta W_i\|^2$. The trace comes from random signs $v$
-# (Hutchinson): $\mathrm{Tr}\,H = \mathrm{E}\,v^\top H v$, and $Hv$ from a second backward pass. Now the linear layers of our video transformer.
-# Only these: its norms, softmax and GELU stay in floating point, so nobody should call it integer-only.
+# (Hutchinson): $\mathrm{Tr}\,H = \mathrm{E}\,v^\top H v$, and $Hv$ from a second backward pass.
+#
+# Now the linear layers of our video transformer. Only these: its norms, softmax and GELU stay in floating point, so nobody
+# should call it integer-only.
 
 # %%
 bench = claim.Bench.of(weights.load("video"), 99, fast=False)
@@ -237,7 +239,7 @@ def draw(ax):
     ax.plot(*zip(*random, strict=True), "x", color="#888888", label="random")
     ax.plot(*zip(*front, strict=True), "o-", color=PALETTE["blue"], label="by curvature")
     ax.plot(*four, "D", color=PALETTE["orange"], label="4 bits everywhere")
-    ax.set(xlabel="weights of the layers, MB", ylabel="rise of the loss", yscale="symlog", title="Four clips, four budgets")
+    ax.set(xlabel="weights of the layers, MB", ylabel="rise of the loss", title="Four clips, four budgets")
     ax.set_yscale("symlog", linthresh=1e-2)
     ax.legend(frameon=False)
 
