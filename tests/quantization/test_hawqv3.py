@@ -286,8 +286,8 @@ def test_one_probe_of_a_diagonal_hessian_is_exact_and_blocks_sum_to_the_whole():
     for seed in range(5):
         torch.testing.assert_close(traces(hessian(loss, w), w, dice(seed), 1).sum(), a.trace())
     a, loss, w = quadratic()
-    found = traces(hessian(loss, w), w, dice(), 20_000)
-    torch.testing.assert_close(found, torch.stack([a[:5, :5].trace(), a[5:, 5:].trace()]), rtol=0, atol=0.15)
+    found = traces(hessian(loss, w), w, dice(), 4000)
+    torch.testing.assert_close(found, torch.stack([a[:5, :5].trace(), a[5:, 5:].trace()]), rtol=0, atol=0.4)
     errors = [torch.stack([traces(hessian(loss, w), w, dice(s), n).sum() - a.trace() for s in range(40)]).std() for n in (4, 64)]
     assert 2.5 < errors[0] / errors[1] < 6.5  # 1 / sqrt(probes): 4
 
