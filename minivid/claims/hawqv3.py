@@ -19,6 +19,15 @@ measured layer by layer on 32 training clips, rises least for the room) and "mea
 200 random allocations use up the same budgets: `beaten_by` is the share of them that are better than "omega", `spearman` the rank
 correlation of predicted and true rise over the first 100. `negative` counts layers with a trace below 0. `integer_how`: the rise
 when linear layers also run on 8-bit activations and integers, all at 8 bits or as "omega" says.
+
+Outcome: the arithmetic holds to the last code: of 7 million output codes, at 8 and at 4 bits, not one differs from the
+simulation, nor any hidden one; multipliers of 16 bits change 3.4 and 0.5 % of them, those of 8 bits 43 and 71 %, and a
+simulation in float32 is itself off in up to 0.1 %. In 4 bits the network loses 0.03 dB, in 8 nothing. Bits by curvature: on
+`video` they cost 17 % less loss than 4 bits everywhere under the same three budgets, 5 % less than the program fed with
+measured rises and 6 % less than the greedy search; without curvature the program finds nothing better than 4 bits everywhere.
+Random allocations lose by far, even the luckiest of 200, so they are no rival. On the small generators the gain over 4 bits
+everywhere is lost in the draws (-2 to 10 %). Ranks of predicted and true rise agree to 0.50 on `video`, where 0.7 was asked
+for, and to 0.90 on the small generators: it is the far too large perturbations of random allocations that a quadratic misses.
 """
 
 import copy

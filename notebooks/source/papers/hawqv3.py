@@ -23,6 +23,7 @@
 
 # %%
 import copy
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from PIL import Image, ImageDraw
 from minivid.claims import hawqv3 as claim
 from minivid.core import weights
 from minivid.core.baselines.quant import allocate
-from minivid.lab import claims, maps, play, plots, show
+from minivid.lab import claims, maps, papers, play, plots, show
 from minivid.lab.canvas import DENSITY, INK, PALETTE, TEXT, Picture, Sheet, font
 from minivid.quantization import hawqv3 as paper
 from minivid.world.scores import psnr
@@ -324,8 +325,7 @@ print("bits under the loosest budget:", {claim.OPTIONS[k] for k in allocate(wort
 
 # %% tags=["nbval-ignore-output"]
 result = claims.read("hawqv3")
-mean = lambda arm, metric: float(np.mean(result["arms"][arm]["values"][metric]))
-changed = lambda arm: [mean(arm, f"changed_{width}") for width in claim.WIDTHS]
+changed = lambda arm: [fmean(result["arms"][arm]["values"][f"changed_{width}"]) for width in claim.WIDTHS]
 curves = {arm: (list(claim.WIDTHS), changed(arm)) for arm in ("W8A8", "W4A4")}
 curves["random numbers"] = list(claim.WIDTHS), changed("numbers")
 total = lambda metric: sum(sum(result["arms"][arm]["values"][metric]) for arm in ("W8A8", "W4A4"))
@@ -343,7 +343,7 @@ for test in filter(lambda test: test["counts"], result["tests"]):
     print(f"{test['verdict']:15} {test['name']}")
 print("In all:", result["verdict"])
 print(claims.outcome("hawqv3"))
-print("Where we differ:", paper.__doc__.split("Differs:")[1].split("\n\n")[0].strip())
+print("Where we differ:", papers.find("hawqv3").card().differs)
 
 # %% [markdown]
 # The authors report ResNet50 at 77.6 % with 8 bits (float: 77.7), and 23 % less latency than 8 bits when bits are mixed, on a
