@@ -27,7 +27,7 @@ simulation in float32 is itself off in up to 0.1 %. In 4 bits the network loses 
 measured rises and 6 % less than the greedy search; without curvature the program finds nothing better than 4 bits everywhere.
 Random allocations lose by far, even the luckiest of 200, so they are no rival. On the small generators the gain over 4 bits
 everywhere is lost in the draws (-2 to 10 %). Ranks of predicted and true rise agree to 0.50 on `video`, where 0.7 was asked
-for, and to 0.90 on the small generators: it is the far too large perturbations of random allocations that a quadratic misses.
+for, and to 0.90 on the small generators.
 """
 
 import copy
