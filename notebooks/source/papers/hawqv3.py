@@ -333,10 +333,12 @@ said = f"At 31 bits {total('differ'):.0f} of {total('codes'):.1f} million codes 
 show.lines(curves, "bits of the multiplier", "codes that differ, %", said)
 
 # %% tags=["nbval-ignore-output"]
-hows = {"by curvature": "omega", "by weight error": "errors", "4 bits everywhere": "uniform", "median of 200 random": "random",
-        "greedy, measured": "greedy", "program, measured": "measured"}  # fmt: skip
-values = {how: result["arms"]["video"]["values"][f"rise_{key}"] for how, key in hows.items()}
-show.bars(values, "rise of the loss (a dot a draw)", "4 bits a weight on average, video model", digits=2)
+hows = {"by curvature": "omega", "by weight error": "errors", "4 bits everywhere": "uniform", "greedy, measured": "greedy",
+        "program, measured": "measured"}  # fmt: skip
+rises = result["arms"]["video"]["values"]
+values = {how: rises[f"rise_{key}"] for how, key in hows.items()}
+off = f"random ones, off to the right: {fmean(rises['rise_random']):.1f}, the luckiest {fmean(rises['rise_luckiest']):.2f}"
+show.bars(values, "rise of the loss (a dot a draw)", f"4 bits a weight on average ({off})", digits=2)
 
 # %%
 for test in filter(lambda test: test["counts"], result["tests"]):
@@ -351,5 +353,6 @@ print("Where we differ:", papers.find("hawqv3").card().differs)
 #
 # ## Where next
 #
+# - [06 Quantization](../06_quantization.ipynb): the same arithmetic on one layer of the video model, with a knob.
 # - [00 Start](../00_start.ipynb): the video model whose layers were rounded.
 # - [The paper](https://arxiv.org/abs/2011.10680).
