@@ -18,6 +18,15 @@ starts from SART after 60 rounds, rounded; DART goes on from there for 50 rounds
 the optimum between 0 and 1, rounded.
 
 "Squares" is the same search, from the same start and with as many iterations, for the sum of squares.
+
+Outcome: filters and tomography as promised, layers not. In all nine small filters the search finds the optimum that HiGHS
+proves, a third less ripple than rounding; in the large ones it takes 23 % off rounding but is level with HiGHS at equal seconds
+(-1 and +4 %), where 5 % less were asked for, and pairs of steps bring nothing beside single steps and swaps. Less ripple is no
+better picture: frames scaled down are no nearer to the real-valued filter's. In 3-bit layers the largest error falls by 25 % on
+the inputs that were fitted and by nothing on others; their rms grows by 4 %, the model's error by 19 %, and the same search for
+squares does better. In tomography under uniform noise 30 % fewer pixels are wrong than in rounded SART, 40 % fewer than by DART,
+half of those of the search for squares; under Gaussian noise of the same variance it loses to all of them. Filter 2 drops 98.6 %
+of the pairs, and with both filters the search is 19 times as fast.
 """
 
 from functools import lru_cache

@@ -8,10 +8,11 @@ The scores of a clip (PSNR, SSIM, drift, Frechet distance ...) live in `minivid.
 `minivid.world.judge`; both are here as `scores` and `judge`, so that one import serves a claim.
 """
 
+import itertools
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,35 +88,52 @@ def _stored(thing: Any, seen: set[tuple]) -> int:
     )
 
 
+@dataclass
+class Life:
+    """A storage that was born during a measured call. It is alive while operations `born` to `died` run (the first is 1)."""
+
+    op: str  # what made it, such as "addmm"
+    shape: tuple[int, ...]  # of the first tensor that looked at it
+    bytes: int
+    born: int
+    died: int
+
+
 class _Live(TorchDispatchMode):
     """Follows every storage that is born under it until it dies, and remembers the highest sum."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: dict[int, int | None] = {}  # None: was there before, as weights and inputs are
-        self.now = self.peak = 0
+        self.held: dict[int, Life | None] = {}  # None: was there before, as weights and inputs are
+        self.lives: list[Life] = []
+        self.now = self.peak = self.ops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for tensor in _tensors((args, kwargs)):
-            self._follow(tensor, born_here=False)
+            self._follow(tensor)
         out = func(*args, **(kwargs or {}))
+        self.ops += 1
         for tensor in _tensors(out):
-            self._follow(tensor, born_here=True)
+            self._follow(tensor, func.overloadpacket.__name__)
         return out
 
-    def _follow(self, tensor: Tensor, born_here: bool) -> None:
+    def _follow(self, tensor: Tensor, born_of: str = "") -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata  # one number per storage, however many views look at it
-        if key in self.sizes:
+        if key in self.held:
             return
-        self.sizes[key] = storage.nbytes() if born_here else None
         weakref.finalize(storage, self._forget, key)
-        if born_here:
+        self.held[key] = Life(born_of, tuple(tensor.shape), storage.nbytes(), self.ops, self.ops) if born_of else None
+        if born_of:
+            self.lives.append(self.held[key])
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
 
     def _forget(self, key: int) -> None:
-        self.now -= self.sizes.pop(key) or 0
+        life = self.held.pop(key)
+        if life:
+            life.died = self.ops
+            self.now -= life.bytes
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -132,6 +150,38 @@ def peak(fn: Callable[[], Any]) -> int:
         result = fn()
     del result
     return live.peak
+
+
+def allocated(fn: Callable[[], Any]) -> int:
+    """The same peak as PyTorch's own profiler sees it, in bytes: with the scratch memory inside kernels. A check on `peak`."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = fn()
+    del result
+    found = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())), default=0)
+
+
+def lives(fn: Callable[[], Any]) -> list[Life]:
+    """What `peak` adds up, tensor by tensor in order of birth: who was alive while what ran. What `fn` returns outlives it."""
+    with _Live() as live:
+        result = fn()
+    for life in live.held.values():
+        if life:
+            life.died = live.ops
+    found = live.lives
+    del result
+    return found
+
+
+def live_bytes(found: Sequence[Life]) -> list[int]:
+    """Bytes alive while each operation ran, from the first that allocated to the last; the highest is the peak."""
+    change = [0] * (max((life.died for life in found), default=0) + 2)
+    for life in found:
+        change[life.born] += life.bytes
+        change[life.died + 1] -= life.bytes
+    return list(itertools.accumulate(change[1:-1]))
 
 
 def saved_for_backward(fn: Callable[[], Any]) -> int:
@@ -170,18 +220,20 @@ class Ratio:
 def ratio(a: Callable[[], Any], b: Callable[[], Any], repeats: int = 7) -> Ratio:
     """Time of `a()` divided by time of `b()`, from `repeats` pairs of alternating runs after one warm-up each.
 
-    Alternating is the point: a machine that slows down for a second slows both. A speed-up is ratio(baseline, method).
+    Alternating is the point: a machine that slows down for a second slows both. On one thread the processor's own time is
+    counted, which other programs don't lengthen; on several, the time on the wall. A speed-up is ratio(baseline, method).
     Raises ValueError for fewer than 5 repeats, of which a median would say too little.
     """
     if repeats < 5:
         raise ValueError(f"ratio needs at least 5 repeats for its median to mean something, got {repeats}.")
     a(), b()
-    runs = tuple((_seconds(a), _seconds(b)) for _ in range(repeats))
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    runs = tuple((_seconds(a, clock), _seconds(b, clock)) for _ in range(repeats))
     low, middle, high = statistics.quantiles([x / y for x, y in runs], n=4, method="inclusive")
     return Ratio(middle, low, high, runs, torch.get_num_threads())
 
 
-def _seconds(fn: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def _seconds(fn: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
     fn()
-    return max(time.perf_counter() - start, 1e-9)
+    return max(clock() - start, 1e-9)

@@ -23,7 +23,8 @@
 # 1. choose a grid: how many levels, how wide, shared by how many weights; and count what it really costs;
 # 2. say why one odd channel ruins a whole layer, and name two ways to spread it;
 # 3. explain how rounding *worse* weight by weight can be better for the layer;
-# 4. read "3 bits" in a paper and ask the right question.
+# 4. run a layer on integers alone;
+# 5. read "3 bits" in a paper and ask the right question.
 
 # %%
 from functools import lru_cache
@@ -38,10 +39,12 @@ from minivid.core.baselines import quant
 from minivid.core.baselines.quant import QuantisedLinear
 from minivid.core.model import Cond
 from minivid.core.surgery import Gram, record, swap
-from minivid.lab import claims, measure, papers, play, plots, show
+from minivid.lab import canvas, claims, measure, papers, play, plots, show
 from minivid.quantization import dmmv
+from minivid.quantization.hawqv3 import dyadic, rescale
 from minivid.world.scores import psnr
 
+# %%
 _ = torch.set_num_threads(1)
 model, tokenizer = weights.load("video"), weights.load("tok-v")
 layers = {name: m for name, m in model.named_modules() if "blocks" in name and isinstance(m, torch.nn.Linear)}
@@ -115,6 +118,7 @@ def grids(shared, clip, bits):
     return plots.figure(draw, (7, 2.6), f"{bits} bits, a grid for {shared}, {clip} of its width", alt)
 
 
+# %%
 settled = [dict(shared="a row", clip=1.0, bits=3), dict(shared="a group of 32", clip=1.0, bits=3)]
 settled.append(dict(shared="a row", clip=0.7, bits=3))
 play.knobs(grids, settled=settled, shared=play.Choice(["a row", "a matrix", "a group of 32"]),
@@ -158,6 +162,7 @@ def rotated(x, w):
 remedies = {"nothing": nothing, "SmoothQuant": smoothed, "rotation": rotated}
 
 
+# %%
 def outlier(remedy, times, bits):
     c = torch.ones(x.shape[1]).index_fill(0, torch.tensor([40]), float(times))
     inside, weight = remedies[remedy](x * c, w / c)
@@ -176,6 +181,7 @@ def outlier(remedy, times, bits):
     return plots.figure(draw, (8.2, 2.5), told, f"Channel 40 times {times}, {told}.", (1, 2))
 
 
+# %%
 play.knobs(outlier, settled=[dict(remedy=remedy, times=30, bits=6) for remedy in remedies], remedy=play.Choice(list(remedies)),
            times=play.IntRange(1, 60, 30), bits=play.IntRange(3, 8, 6))  # fmt: skip
 
@@ -183,8 +189,8 @@ play.knobs(outlier, settled=[dict(remedy=remedy, times=30, bits=6) for remedy in
 # SmoothQuant divides each channel of the input by a factor and multiplies its column of weights by it, until both are
 # equally large. Our channel met a column that we had made small, so the trouble vanishes; where the weights are of ordinary
 # size, half of it moves into them. A rotation mixes all channels, input and weights alike ($x R\,(w R)^\top = x\,w^\top$ for
-# every orthogonal $R$), so that nobody is odd any more, whatever the weights. And with no outlier at all (set it to 1) both
-# bring little.
+# every orthogonal $R$), so that nobody is odd any more, whatever the weights; but what was large in one channel is now a
+# little of it in all, so here it comes second. And with no outlier at all (set it to 1) both bring little.
 #
 # ## Rounding together
 #
@@ -230,6 +236,44 @@ show.lines(curves, "bits a weight, as stored", "error of the model's output", "A
 # for a row of 128 or 384; at the same number of *stored* bits it loses. And GPTQ at three bits does better than nearest
 # rounding at four.
 #
+# ## No float at all
+#
+# So far codes became floats again before they met. They needn't: $q_x q_w^\top$ is a sum of products of integers, which only has
+# to come back to 8 bits, by the factor $M = s_x s_w / s_y$. Written as $m / 2^c$, that is one product and one shift
+# ([HAWQ-V3](papers/hawqv3.ipynb)). How many bits must $m$ have? The same layer, inputs, weights and outputs in 8 bits: each
+# dot is a code that a real-valued $M$ would have rounded otherwise (64 tokens, 128 outputs; blue: too small, orange: too large).
+
+# %%
+steps_x, steps_w, steps_y = (quant.symmetric(v, 8, dim) for v, dim in ((x, (0, 1)), (w, 1), (x @ w.T, (0, 1))))
+acc = quant.quantise(x, steps_x).long() @ quant.quantise(w, steps_w).long().T
+factor = (steps_x.step * steps_w.step.T / steps_y.step).double()
+exact = torch.floor(factor * acc + 0.5)
+
+
+def shifted(bits):
+    off = rescale(acc, dyadic(factor, bits)) - exact
+    share, most = 100 * (off != 0).double().mean(), off.abs().max()
+
+    def draw(ax):
+        ax.imshow(canvas.signed(off[:64].float().clamp(-1, 1).numpy(), 1.0), interpolation="nearest", aspect="auto")
+        ax.set(xlabel="output", ylabel="token", title=f"{share:.2g} % of {acc.numel():,} codes differ, by up to {most:.0f}")
+
+    alt = f"With multipliers of {bits} bits {share:.2g} % of the codes differ, by up to {most:.0f}."
+    return plots.figure(draw, (7, 2.8), f"multipliers of {bits} bits", alt)
+
+
+play.knobs(shifted, settled=[{"bits": bits} for bits in (4, 8, 14)], bits=play.IntRange(2, 31, 8))
+
+# %% [markdown]
+# With 31 bits nothing differs, here or anywhere: what was tested in simulation is what runs. And who has integers can ask
+# which layer gets how many. The lesson's answer, from the curvature of the loss, on the video model:
+
+# %% tags=["nbval-ignore-output"]
+hows = {"by curvature": "omega", "greedy, measured": "greedy", "4 bits everywhere": "uniform"}
+rises = {how: claims.read("hawqv3")["arms"]["video"]["values"][f"rise_{key}"] for how, key in hows.items()}
+show.bars(rises, "rise of the loss (a dot a draw)", "Four bits a weight on average, shared out", digits=3)
+
+# %% [markdown]
 # ## Turn it yourself
 #
 # What the model believes in when it is told a clip with 70 % noise, and how far that is from what the whole model believes.
@@ -282,6 +326,7 @@ Markdown(papers.listed(asks))
 # %% [markdown]
 # ## Where next
 #
+# * [HAWQ-V3](papers/hawqv3.ipynb): from a trained network to integers, and which layer needs how many.
 # * [DMMV](papers/dmmv.ipynb): one search for weights, pictures and filters.
 # * [07 · Low rank](07_low_rank.ipynb): fewer numbers instead of shorter ones.
 # * [00 · Start](00_start.ipynb): the model that was rounded here.

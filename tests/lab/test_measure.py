@@ -1,5 +1,7 @@
 """Each meter against a case that can be worked out by hand."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -80,6 +82,38 @@ def test_peak_ignores_views_and_in_place_work():
     assert measure.peak(views) == 2 * KB  # y, and the copy that reshape has to make of y.t()
 
 
+def test_lives_say_what_was_alive_while_what_ran():
+    x, w = torch.zeros(16, 16), torch.zeros(16, 16)
+
+    def work():
+        a = x @ w  # 1
+        b = a + 1  # 2
+        del a
+        c = b[:4] * 2  # 3 is the view, 4 the product
+        return b.mul_(2), c  # 5
+
+    found = measure.lives(work)
+    assert [(one.op, one.shape, one.bytes, one.born, one.died) for one in found] == [
+        ("mm", (16, 16), KB, 1, 2), ("add", (16, 16), KB, 2, 5), ("mul", (4, 16), KB // 4, 4, 5)]  # fmt: skip
+    assert measure.live_bytes(found) == [KB, 2 * KB, KB, 1.25 * KB, 1.25 * KB]
+    assert measure.live_bytes([]) == [] and measure.lives(lambda: x.mul_(2)) == []
+
+
+def test_the_highest_of_the_live_bytes_is_the_peak():
+    model, x = nn.TransformerEncoderLayer(16, 2, 64, 0.0, batch_first=True), torch.randn(2, 9, 16)
+    for fn in (lambda: model(x), lambda: torch.autograd.grad(model(x).sum(), model.parameters())):
+        assert max(measure.live_bytes(measure.lives(fn))) == measure.peak(fn) > 0
+
+
+def test_the_profiler_of_torch_sees_the_same_peak_and_what_is_inside_kernels():
+    model, x = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).requires_grad_(False), torch.randn(500, 64)
+    assert measure.allocated(lambda: model(x)) == measure.peak(lambda: model(x)) == 4 * 500 * 512
+    assert measure.allocated(lambda: x.view(-1)) == 0
+    q = torch.randn(1, 1, 64, 8)
+    attend = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert measure.allocated(attend) > measure.peak(attend) == 4 * 64 * (8 + 1)
+
+
 def test_peak_sees_the_backward_pass():
     w = nn.Parameter(torch.ones(16, 16))
 
@@ -104,6 +138,13 @@ def test_saved_storages_count_once():
     w = nn.Parameter(torch.ones(16, 16))
     x = torch.ones(16, 16)
     assert measure.saved_for_backward(lambda: (x @ w, x.t() @ w, x[:4] @ w)) == KB
+
+
+def test_ratio_on_one_thread_counts_work_and_not_waiting():
+    a = torch.randn(200, 200)
+    work = lambda: [a @ a for _ in range(30)]
+    waits = measure.ratio(lambda: [time.sleep(0.2), work()], work, repeats=5)
+    assert waits.threads == 1 and 0.4 < waits.median < 2.5  # some 30 if the wait counted
 
 
 def test_ratio_of_equal_work_is_about_one_and_of_more_work_is_more():

@@ -29,7 +29,7 @@ import torch
 
 from minivid.claims import dmmv as claim
 from minivid.core.surgery import record
-from minivid.lab import canvas, claims, measure, play, plots, show
+from minivid.lab import canvas, claims, measure, papers, play, plots, show
 from minivid.quantization import dmmv as paper
 from minivid.quantization.dmmv import MinMax, Search
 
@@ -205,7 +205,7 @@ def barcode(goal, progress):
     z = walks[goal][progress]
     down = lambda error: [np.sort(np.abs(error(codes)))[::-1] for codes in (gptq, z)]
     pairs = {"fitted inputs": down(lambda codes: row.state(codes).D), "inputs not seen": down(gap)}
-    top = max(np.abs(row.state(begin).D).max(), np.abs(gap(begin)).max())
+    top = max(np.abs(gap(states[-1])).max() for states in ([begin], *walks.values()))
 
     def draw(axes):
         for ax, (title, (old, now)) in zip(axes, pairs.items(), strict=True):
@@ -341,7 +341,7 @@ show.bars(pixels, "wrong pixels, % (a dot a seed)", "When noise is uniform, the 
 
 # %%
 print(claims.outcome("dmmv"))
-print("Where we differ:", paper.__doc__.split("Differs:")[1].split("\n\n")[0].strip())
+print("Where we differ:", papers.find("dmmv").card().differs)
 
 # %% [markdown]
 # The authors report, on an accelerator: quantised networks 14 % better on average than other methods, tomography with 16 %
