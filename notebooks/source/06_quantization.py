@@ -37,10 +37,11 @@ from minivid.claims import dmmv as claim
 from minivid.core import noise, sample, text, weights
 from minivid.core.baselines import quant
 from minivid.core.baselines.quant import QuantisedLinear
+from minivid.core.baselines.vq import kmeans
 from minivid.core.model import Cond
 from minivid.core.surgery import Gram, record, swap
 from minivid.lab import canvas, claims, measure, papers, play, plots, show
-from minivid.quantization import dmmv
+from minivid.quantization import dmmv, vq4dit
 from minivid.quantization.hawqv3 import dyadic, rescale
 from minivid.world.scores import psnr
 
@@ -236,6 +237,72 @@ show.lines(curves, "bits a weight, as stored", "error of the model's output", "A
 # for a row of 128 or 384; at the same number of *stored* bits it loses. And GPTQ at three bits does better than nearest
 # rounding at four.
 #
+# ## Words instead of levels
+#
+# A grid has levels for one weight at a time. Take weights in pairs: a pair is a point, and k-means puts $k$ *codewords* where the
+# points are. A pair stores the number of its codeword, $\tfrac12 \log_2 k$ bits a weight; the codebook comes on top
+# ([VQ4DiT](papers/vq4dit.ipynb)). **Turn the bits**; the larger a place, the more pairs use it.
+
+# %%
+pairs = vq4dit.groups(w, 2)
+
+
+@lru_cache(None)
+def places(bits):
+    levels = quant.dequantise(torch.arange(2**bits), quant.search(pairs, quant.minmax(pairs, bits))).flatten()
+    words, _ = kmeans(pairs, 4**bits, torch.Generator().manual_seed(0), 20)
+    return {f"{2**bits} levels a weight": torch.cartesian_prod(levels, levels), f"{4**bits} codewords a pair": words}
+
+
+def cloud(bits):
+    at = {title: torch.cdist(pairs, codes).argmin(1) for title, codes in places(bits).items()}
+    error = {title: ((places(bits)[title][i] - pairs).square().sum() / pairs.square().sum()).sqrt() for title, i in at.items()}
+
+    def draw(axes):
+        for ax, (title, codes) in zip(axes, places(bits).items(), strict=True):
+            ax.plot(*pairs[::4].T, "o", color="#bbbbbb", ms=2, mew=0)
+            size = 8 + 900 * at[title].bincount(minlength=len(codes)) / len(pairs)
+            ax.scatter(*codes.T, s=size, marker="D", color="#0072B2", ec="white", lw=0.5, zorder=3)
+            ax.set(title=f"{title}: off by {100 * error[title]:.0f} %", xlabel="a weight", ylabel="the next one")
+            ax.set(aspect="equal", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))
+
+    told = ", ".join(f"{title}: off by {100 * e:.0f} %" for title, e in error.items())
+    return plots.figure(draw, (7.2, 3.5), f"{bits} bits", f"Pairs of weights as a round cloud. {told}.", (1, 2))
+
+
+# %%
+play.knobs(cloud, settled=[dict(bits=bits) for bits in (1, 2, 3)], bits=play.IntRange(1, 4, 2))
+
+# %% [markdown]
+# On the plot of above, with one codebook for all layers of a kind (all queries, all keys ...):
+
+
+# %% tags=["nbval-ignore-output"]
+def worded(bits):
+    s = vq4dit.Settings(d=2, k=4**bits, n=1, shared=True)
+    net = vq4dit.quantised(model, vq4dit.books(model, list(layers), s, torch.Generator().manual_seed(0), 5), s)
+    biases = 32 * sum(m.bias.numel() for m in layers.values()) / sum(m.weight.numel() for m in layers.values())
+    return vq4dit.bits(net)["total"] + biases, off(net)
+
+
+curves["codewords, k-means"] = tuple(zip(*map(worded, (2, 3, 4)), strict=True))
+show.lines(curves, "bits a weight, as stored", "error of the model's output", "Levels and words (2 to 8 bits a code)", log="y")
+
+# %% [markdown]
+# Words beat levels where both ask only what is near. GPTQ asks what the *layer* says, and beats both. VQ4DiT asks for that too:
+# it tunes the codebook on the model's own samples, and lets each group *learn* which of its nearest words it takes. From its
+# claim, four weights a word:
+
+# %% tags=["nbval-ignore-output"]
+found = claims.read("vq4dit")["arms"]
+value = lambda arm, metric: found[arm]["values"][metric]
+arms = {"nearest levels": "rounded, 2.25 bits", "GPTQ": "gptq, 2.25 bits", "GPTQ, steps tuned": "gptq, tuned",
+        "k-means": "k-means alone", "codebook tuned": "n = 1", "VQ4DiT": "vq",
+        "VQ4DiT, a book a kind": "vq, a book a role"}  # fmt: skip
+bars = {f"{title}: {value(arm, 'bits')[0]:.2f} bits": value(arm, "error") for title, arm in arms.items()}
+show.bars(bars, "error of the model's output (a dot a seed)", "Two bits and what they cost")
+
+# %% [markdown]
 # ## No float at all
 #
 # So far codes became floats again before they met. They needn't: $q_x q_w^\top$ is a sum of products of integers, which only has
@@ -328,5 +395,6 @@ Markdown(papers.listed(asks))
 #
 # * [HAWQ-V3](papers/hawqv3.ipynb): from a trained network to integers, and which layer needs how many.
 # * [DMMV](papers/dmmv.ipynb): one search for weights, pictures and filters.
+# * [VQ4DiT](papers/vq4dit.ipynb): watch groups of weights choose their codeword.
 # * [07 · Low rank](07_low_rank.ipynb): fewer numbers instead of shorter ones.
 # * [00 · Start](00_start.ipynb): the model that was rounded here.
