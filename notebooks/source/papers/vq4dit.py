@@ -69,7 +69,7 @@ def places(axes):
 
 
 alt = "Pairs of weights as a round cloud; 16 places on a square, the outer ones little used, and 16 codewords as the cloud is."
-plots.figure(places, (7.4, 3.6), "grid and codewords", alt, (1, 2))
+plots.figure(places, (6.8, 3.4), "grid and codewords", alt, (1, 2))
 
 # %% [markdown]
 # The larger a place, the more pairs use it. The corners of a square are far from a round cloud: hardly used, and paid for all
@@ -180,6 +180,7 @@ show.bars(bars, "relative error of the layer's output, inputs not seen", "16 cod
 # %%
 some, wide = torch.arange(0, len(pairs), 110), (-1.3, 1.3)
 mesh = torch.cartesian_prod(*[torch.linspace(*wide, 120)] * 2)
+joined = lambda *ends: torch.stack([*ends, torch.full_like(ends[0], torch.nan)], 1).flatten(0, 1).T  # one line, with gaps
 
 
 def beads(n, k, step):
@@ -194,12 +195,6 @@ def cells(codes):
     """Where a point of the mesh and the next one belong to different codewords."""
     cell = torch.cdist(mesh, codes).argmin(1).view(120, 120).T
     return (cell[1:, 1:] != cell[:-1, 1:]) | (cell[1:, 1:] != cell[1:, :-1])
-
-
-def joined(*ends):
-    """Points `m 2` joined one to the other, as one line with gaps."""
-    gaps = torch.full_like(ends[0], torch.nan)
-    return torch.stack([*ends, gaps], 1).flatten(0, 1).T
 
 
 # %%
@@ -220,7 +215,7 @@ def choosing(n, k, step):
         ax.set_title(f"step {step}: {100 * other.float().mean():.0f} % lean to another")
 
     alt = f"Step {step}, {k} codewords: {other.sum()} of {len(some)} beads lean to another codeword than the nearest."
-    return plots.figure(draw, (4.2, 4.3), f"choosing, {n} of {k}, step {step}", alt)
+    return plots.figure(draw, (3.6, 3.7), f"choosing, {n} of {k}, step {step}", alt)
 
 
 # %% tags=["nbval-ignore-output"]
@@ -275,8 +270,7 @@ def noted(step):
         shares.append([100.0 if one.settled else 100 * one.frozen.float().mean().item() for one in paper.layers(small).values()])
 
 
-def trips(n):
-    """What the blocks say while the float model makes one clip, n times."""
+def trips(n):  # what the blocks say while the float model makes one clip, n times
     for seed in range(n):
         cond = Cond(text=text.tokens([world.caption(corpus.scenes("base", 1, 50 + seed)[0])]))
         yield from paper.walk(model, sample.start(1, (10, 5, 8, 8), seed), cond, noise.table(10, 5, 3.0), blocks)
