@@ -254,6 +254,7 @@ def places(bits):
     return {f"{2**bits} levels a weight": torch.cartesian_prod(levels, levels), f"{4**bits} codewords a pair": words}
 
 
+# %%
 def cloud(bits):
     at = {title: torch.cdist(pairs, codes).argmin(1) for title, codes in places(bits).items()}
     error = {title: ((places(bits)[title][i] - pairs).square().sum() / pairs.square().sum()).sqrt() for title, i in at.items()}
