@@ -19,7 +19,6 @@ and no column waits for another. Matrices stand as in the paper, y = x W; where 
 transpose is factored, so that the sparse factor lies along the longer side.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -62,15 +61,11 @@ class Pattern:
     @property
     def place(self) -> int:
         """Bits of one place within its group."""
-        return math.ceil(math.log2(self.group)) if self.keep < self.group else 0
+        return (self.group - 1).bit_length() if self.keep < self.group else 0
 
     def bits(self, m: int, n: int, width: int = 16) -> int:
         """Of storage, at `width` bits a number: m r numbers of D, n k of S, n k places."""
         return width * m * self.r + n * self.k * (width + self.place)
-
-    def multiplies(self, m: int, n: int) -> int:
-        """A token."""
-        return m * self.r + n * self.k
 
 
 def fitting(m: int, n: int, share: float, group: int, width: int = 16) -> Pattern | None:
@@ -80,21 +75,11 @@ def fitting(m: int, n: int, share: float, group: int, width: int = 16) -> Patter
     return Pattern(r, group) if r else None
 
 
-def scattered(m: int, n: int, share: float, r: int, width: int = 16) -> Pattern | None:
-    """Likewise without structure: as many numbers anywhere in a column as fit beside r columns of D."""
-    left = share * width * m * n - width * m * r
-    k = min(r, int(left / (n * (width + math.ceil(math.log2(r)))) + 1e-9))
-    return Pattern(r, r, k) if k >= 1 else None
-
-
 @torch.no_grad()
 def support(s: Float[Tensor, "r n"], p: Pattern) -> Bool[Tensor, "r n"]:
     """The largest `keep` in size of each group of each column; of equals the upper. `s * support(s, p)` is the projection."""
     size = s.abs().unflatten(0, (-1, p.group))
-    if p.keep == 1:
-        best = size.argmax(1, keepdim=True)
-    else:
-        best = size.argsort(1, descending=True, stable=True)[:, : p.keep]
+    best = size.argmax(1, True) if p.keep == 1 else size.argsort(dim=1, descending=True, stable=True)[:, : p.keep]
     return torch.zeros_like(size, dtype=torch.bool).scatter_(1, best, True).flatten(0, 1)
 
 
@@ -102,40 +87,37 @@ def support(s: Float[Tensor, "r n"], p: Pattern) -> Bool[Tensor, "r n"]:
 
 
 def pursue(w: Float[Tensor, "m n"], d: Float[Tensor, "m r"], p: Pattern) -> Int[Tensor, "n k"]:
-    """Rows of S that every column of w shall use: orthogonal matching pursuit, all columns at once. d: columns of length 1.
+    """Rows of S that every column of w shall use, in order: orthogonal matching pursuit, all columns at once.
 
+    d: columns of length 1
     Each step takes the column of d that is nearest to what is left of w, from a group that isn't full, and makes what is left
     orthogonal to all that were taken. In float32: places need no more.
     """
-    rest, d, n, each = w.T.float(), d.float(), w.shape[1], torch.arange(w.shape[1], device=w.device)
-    basis, taken = rest.new_zeros(n, p.k, len(w)), []
-    room = torch.full((n, p.r // p.group), p.keep, device=w.device)
-    free = torch.ones(n, p.r, dtype=torch.bool, device=w.device)
+    rest, d, n, each = w.T.float(), d.float(), w.shape[1], torch.arange(w.shape[1])
+    basis, used = torch.zeros(n, p.k, len(w)), torch.zeros(n, p.r // p.group, p.group, dtype=torch.bool)
     for i in range(p.k):
-        allowed = free & (room > 0).repeat_interleave(p.group, 1)
-        best = torch.where(allowed, (rest @ d).abs(), -1.0).argmax(1)
-        free[each, best] = False
-        room[each, best // p.group] -= 1
-        taken.append(best)
+        closed = used | (used.sum(2, keepdim=True) == p.keep)
+        best = (rest @ d).abs().masked_fill(closed.flatten(1), -1).argmax(1)
+        used[each, best // p.group, best % p.group] = True
         new, before = d.T[best][..., None], basis[:, :i]
         for _ in range(2):  # once isn't orthogonal enough where columns of d are alike
             new = new - before.mT @ (before @ new)
         new = F.normalize(new[..., 0], dim=1, eps=1e-6)
         basis[:, i], rest = new, rest - (rest * new).sum(1, keepdim=True) * new
-    return torch.stack(taken, 1)
+    return used.flatten(1).nonzero()[:, 1].view(n, p.k)
 
 
-def refit(
-    w: Float[Tensor, "m n"], d: Float[Tensor, "m r"], index: Int[Tensor, "n k"], c: Float[Tensor, "n n"] | None = None
-) -> Float[Tensor, "r n"]:
+Weights = Float[Tensor, "n n"] | None
+
+
+def refit(w: Float[Tensor, "m n"], d: Float[Tensor, "m r"], index: Int[Tensor, "n k"], c: Weights = None) -> Float[Tensor, "r n"]:
     """The numbers of S whose rows are known: least squares, column by column, or in the norm tr(E C E') of E = w - d S.
 
     There columns hang together, and 30 steps of conjugate gradients go on from the answer without C.
     """
     gram, right = d.T @ d, d.T @ w
-    own = gram[index[:, :, None], index[:, None]]
-    own = own + 1e-9 * own.diagonal(dim1=1, dim2=2).mean() * torch.eye(index.shape[1]).to(own)
-    values = torch.linalg.solve(own, right.T.gather(1, index)[..., None])[..., 0]
+    own = gram[index[:, :, None], index[:, None]] + 1e-9 * torch.eye(index.shape[1]).to(w)  # columns of d have length 1
+    values = torch.linalg.solve(own, right.T.gather(1, index))
     s = torch.zeros_like(right).scatter_(0, index.T, values.T)
     if c is None:
         return s
@@ -143,9 +125,8 @@ def refit(
     rest = mask * (d.T @ ((w - d @ s) @ c))
     way, before = torch.zeros_like(s), 1.0
     for _ in range(30):
-        near = rest / size
-        now = (rest * near).sum()
-        way = near + now / before * way
+        now = (rest.square() / size).sum()
+        way = rest / size + now / before * way
         bent = mask * (gram @ way @ c)
         step = now / (way * bent).sum().clamp_min(1e-30)
         s, rest, before = s + step * way, rest - step * bent, now.clamp_min(1e-30)
@@ -159,10 +140,8 @@ def unit(d: Float[Tensor, "m r"], s: Float[Tensor, "r n"]) -> tuple[Float[Tensor
 
 
 @torch.no_grad()
-def factor(
-    w: Float[Tensor, "m n"], p: Pattern, seed: int = 0, c: Float[Tensor, "n n"] | None = None, rounds: int = 5
-) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"], list[float]]:
-    """D, S of this pattern that make |w - D S|, or tr(E C E'), small; and that error, squared, after each round.
+def factor(w: Float[Tensor, "m n"], p: Pattern, seed: int = 0, c: Weights = None, rounds: int = 5) -> tuple:
+    """D `m r`, S `r n` that make |w - D S|, or tr(E C E'), small; and that error, squared, after each round.
 
     D begins as columns of w, drawn by `seed`. A round finds places by pursuit and numbers by least squares, keeps what was there
     (of each column, or with C of all) where that is no better, and then fits D to S. So the error never rises.
@@ -170,18 +149,16 @@ def factor(
     if p.r > w.shape[1]:
         raise ValueError(f"D begins as {p.r} columns of a matrix that has {w.shape[1]}; factor the transpose or ask for fewer")
     dice = torch.Generator().manual_seed(seed)
-    d = F.normalize(w[:, torch.randperm(w.shape[1], generator=dice)[: p.r].to(w.device)], dim=0)
+    d = F.normalize(w[:, torch.randperm(w.shape[1], generator=dice)[: p.r]], dim=0)
     weigh = (lambda e: e) if c is None else (lambda e: e @ c)
     gaps = lambda s: ((e := w - d @ s) * weigh(e)).sum(0)
     index, errors = None, []
     for _ in range(rounds):
         new = pursue(w, d, p)
-        if index is None:
-            index, s = new, refit(w, d, new, c)
-        else:
-            s, other = refit(w, d, index, c), refit(w, d, new, c)
-            better = gaps(other) < gaps(s) if c is None else (gaps(other).sum() < gaps(s).sum()).expand(w.shape[1])
-            index, s = torch.where(better[:, None], new, index), torch.where(better, other, s)
+        index = new if index is None else index
+        s, other = refit(w, d, index, c), refit(w, d, new, c)
+        better = gaps(other) < gaps(s) if c is None else (gaps(other).sum() < gaps(s).sum()).expand(w.shape[1])
+        index, s = torch.where(better[:, None], new, index), torch.where(better, other, s)
         both = weigh(s) @ s.T
         both = both + 1e-9 * both.diagonal().mean() * torch.eye(p.r).to(both)
         d, s = unit(torch.linalg.solve(both, weigh(s) @ w.T).T, s)
@@ -202,8 +179,6 @@ class DenseSparse(nn.Module):
 
     def __init__(self, d: Float[Tensor, "m r"], s: Float[Tensor, "r n"], pattern: Pattern, bias=None, turned: bool = False):
         super().__init__()
-        if d.shape[1] != pattern.r or s.shape[0] != pattern.r:
-            raise ValueError(f"a pattern of {pattern.r} rows needs D 'm r' and S 'r n', got {tuple(d.shape)}, {tuple(s.shape)}")
         d, s = unit(d.detach(), s.detach())
         self.pattern, self.turned, self.free = pattern, turned, False
         self.d, self.shadow = nn.Parameter(d.clone()), nn.Parameter(s.clone())
@@ -218,12 +193,10 @@ class DenseSparse(nn.Module):
         if p.group == 1:
             a, b = (x.double() for x in svd(layer.weight.double(), p.r, gram))
             d, s = (a, b) if turned else (b.T, a.T)
-        elif turned:
-            d, s, _ = factor(w.T, p, seed, None if gram is None else gram / gram.diagonal().mean())
-        elif gram is None:
-            d, s, _ = factor(w, p, seed)
+        elif turned or gram is None:
+            d, s, _ = factor(w.T if turned else w, p, seed, gram)
         else:
-            value, vector = torch.linalg.eigh(gram.double())
+            value, vector = torch.linalg.eigh(gram)
             root = value.clamp_min(1e-8 * value.mean()).sqrt()
             d, s, _ = factor((vector * root) @ vector.T @ w, p, seed)
             d = (vector / root) @ vector.T @ d
@@ -245,16 +218,12 @@ class DenseSparse(nn.Module):
     def settle(self, shadow: bool = True) -> None:
         """After a step: columns of D get length 1 again, what they lose goes into the shadow. shadow False forgets what rests."""
         d, s = unit(self.d, self.shadow)
-        if not shadow:
-            s = s * support(s, self.pattern)
-        self.d.copy_(d), self.shadow.copy_(s)
+        self.d.copy_(d), self.shadow.copy_(s if shadow else s * support(s, self.pattern))
 
-    @torch.no_grad()
     def index(self) -> Int[Tensor, "k n"]:
         """Rows of the numbers of each column, in order."""
         return self.mask.T.nonzero()[:, 1].view(-1, self.pattern.k).T
 
-    @torch.no_grad()
     def gathered(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """The same without a product with a zero: m r + n k multiplies. Slower than a dense product on most processors."""
         index = self.index()
@@ -264,10 +233,9 @@ class DenseSparse(nn.Module):
         z = x.new_zeros(*x.shape[:-1], self.pattern.r)
         return z.index_add_(-1, index.flatten(), (x[..., None, :] * values).flatten(-2)) @ self.d.T + bias
 
-    @torch.no_grad()
     def merge(self) -> nn.Linear:
         """The plain layer that says the same."""
-        w = self.d @ (self.shadow * self.mask)
+        w = self.d @ self.sparse()
         return linear(w if self.turned else w.T, self.bias)
 
     @torch.no_grad()
@@ -275,8 +243,8 @@ class DenseSparse(nn.Module):
         """What has to be stored beside the bias: d and values in fp16, places within their groups bit by bit."""
         index, p = self.index(), self.pattern
         bits = (index.cpu().numpy()[..., None] % p.group >> np.arange(p.place)) & 1
-        places = torch.from_numpy(np.packbits(bits.astype(np.uint8)))
-        return {"d": self.d.half(), "values": self.shadow.gather(0, index).half(), "places": places}
+        places = {"places": torch.from_numpy(np.packbits(bits.astype(np.uint8)))}
+        return places | {"d": self.d.half(), "values": self.shadow.gather(0, index).half()}
 
     @classmethod
     def unpack(cls, packed: dict[str, Tensor], p: Pattern, bias: Tensor | None = None, turned: bool = False) -> "DenseSparse":
@@ -306,21 +274,19 @@ def inputs(model: nn.Module, names: Iterable[str], batches: Iterable) -> dict[st
     return {name: gram.xx for name, gram in grams.items()}
 
 
-@torch.no_grad()
 def error(layer: nn.Linear, w: Float[Tensor, "o i"], gram: Float[Tensor, "i i"] | None = None) -> float:
     """|X (W - w)'|^2 / |X W'|^2 of a layer's weight W, without X'X that of the weights."""
     full = layer.weight.double()
-    size = lambda e: (e * (e if gram is None else e @ gram)).sum()
-    return (size(full - w) / size(full)).item()
+    size = lambda e: (e * (e if gram is None else e @ gram)).sum().item()
+    return size(full - w) / size(full)
 
 
 def choose(layer: nn.Linear, share: float, gram: Tensor | None = None, groups=(1, 2, 4, 8), width: int = 16, seed: int = 0):
     """The layer of the least error among one-of-`group` patterns that are stored in this share. Low rank is group 1."""
     m, n = sorted(layer.weight.shape)
-    patterns = [p for group in groups if (p := fitting(m, n, share, group, width))]
-    if not patterns:
+    made = [DenseSparse.of(layer, p, gram, seed) for group in groups if (p := fitting(m, n, share, group, width))]
+    if not made:
         raise ValueError(f"a matrix of {m} x {n} can't be stored in {share} of its numbers as D S; ask for more")
-    made = (DenseSparse.of(layer, p, gram, seed) for p in patterns)
     return min(made, key=lambda new: error(layer, new.merge().weight, gram))
 
 
@@ -334,10 +300,7 @@ def compress(model: nn.Module, batches: Iterable, share: float, within: str = ""
 # --- the straight-through factorizer ------------------------------------------------------------------------------------
 
 
-def tune(
-    model: nn.Module, layers: Sequence[nn.Module], loss: Callable, batches: Callable[[int], object], steps: int, rate: float,
-    how: str = "shadow", path=None,
-) -> list[float]:  # fmt: skip
+def tune(model: nn.Module, layers: Sequence, loss: Callable, batches: Callable, steps: int, rate: float, how="shadow", path=None):
     """Train the layers of the model, jointly, in place; nothing else learns. Returns the churn of every step.
 
     loss, batches: `loss(model, batches(i))` of step i
@@ -348,23 +311,20 @@ def tune(
     """
     if how not in ("shadow", "projected", "fixed"):
         raise ValueError(f"places are learnt by 'shadow' or 'projected', or 'fixed', not {how!r}")
-    model.requires_grad_(False)
     learners, churn = nn.ModuleList(layers).requires_grad_(True), []
-    sparse = [layer for layer in learners if isinstance(layer, DenseSparse)]
-    moving = [layer for layer in sparse if layer.pattern.place]
+    moving = [layer for layer in learners if isinstance(layer, DenseSparse) and layer.pattern.place]
 
     def step(state, batch, generator):
         for group in state.opt.param_groups:
             group["lr"] = rate * fit.cosine(state.i, steps, 10)
-        before = [layer.mask for layer in moving]
+        before, learning = [layer.mask for layer in moving], how != "fixed" and state.i < 0.8 * (steps - 1)
         for layer in moving:
-            layer.free = how != "fixed" and state.i < 0.8 * steps
-        value = loss(model, batch)
-        state.opt.zero_grad(set_to_none=True)
-        value.backward()
-        fit.average(learners)
+            layer.free = learning
+        value, learnt = loss(model, batch), list(learners.parameters())
+        for parameter, grad in zip(learnt, torch.autograd.grad(value, learnt), strict=True):
+            parameter.grad = grad
         state.opt.step()
-        for layer in sparse:
+        for layer in moving:
             layer.settle(how != "projected")
         new = sum((layer.mask & ~old).sum().item() for layer, old in zip(moving, before, strict=True))
         churn.append(new / max(1, sum(old.sum().item() for old in before)))
@@ -372,7 +332,5 @@ def tune(
 
     state = fit.State({"layers": learners, "opt": torch.optim.Adam(learners.parameters(), rate, (0.9, 0.99))})
     fit.fit(step, state, batches, steps, 0, path, note={"rate": rate, "how": how})
-    for layer in moving:
-        layer.free = False
-    model.requires_grad_(False)
+    learners.requires_grad_(False)
     return churn
