@@ -6,9 +6,10 @@ Equal:   with groups of one it is the low-rank layer, with D = 1 and a full S th
 Claim:   of a feed-forward's matrices at half the storage, places counted, D S errs less than the SVD (by 15 % where places are
          free); places learnt straight through leave 20 % less of the loss than fixed ones; no more loss than low rank
 Differs: a video generator of 1.9 M parameters and its loss, not language models and their tasks. Only the abstract is at hand,
-         so all of this is inferred: one number in each group of each column, the start by matching pursuit, the straight-through
-         estimator with Adam, unit columns of D after every step, places frozen for the last fifth, the pattern of each matrix
-         chosen by its error, the teacher's output as the only target, biases tuned along. No decay of the numbers that rest
+         so all of this is inferred: one number in each group of each column, the start by matching pursuit, what resting
+         numbers begin as, the straight-through estimator with Adam at one rate, unit columns of D after every step, places
+         frozen for the last fifth, the pattern of each matrix chosen by its error (so square ones are often low rank), the
+         teacher's output as the only target, biases tuned along, no decay. The start minds the inputs, as good low rank does
 
 Low rank forces all columns of a matrix into one small subspace. Here every column takes a few columns of D, each column others:
 
@@ -30,7 +31,6 @@ from torch import Tensor, nn
 
 from ..core import fit
 from ..core.baselines.lowrank import linear, svd
-from ..core.baselines.vq import straight
 from ..core.surgery import Gram, parts, record, swap
 
 ROLES = (*"qkvo", *("cross-" + role for role in "qkvo"), "fc1", "fc2")
@@ -75,7 +75,6 @@ def fitting(m: int, n: int, share: float, group: int, width: int = 16) -> Patter
     return Pattern(r, group) if r else None
 
 
-@torch.no_grad()
 def support(s: Float[Tensor, "r n"], p: Pattern) -> Bool[Tensor, "r n"]:
     """The largest `keep` in size of each group of each column; of equals the upper. `s * support(s, p)` is the projection."""
     size = s.abs().unflatten(0, (-1, p.group))
@@ -107,10 +106,7 @@ def pursue(w: Float[Tensor, "m n"], d: Float[Tensor, "m r"], p: Pattern) -> Int[
     return used.flatten(1).nonzero()[:, 1].view(n, p.k)
 
 
-Weights = Float[Tensor, "n n"] | None
-
-
-def refit(w: Float[Tensor, "m n"], d: Float[Tensor, "m r"], index: Int[Tensor, "n k"], c: Weights = None) -> Float[Tensor, "r n"]:
+def refit(w: Float[Tensor, "m n"], d: Float[Tensor, "m r"], index: Int[Tensor, "n k"], c=None) -> Float[Tensor, "r n"]:
     """The numbers of S whose rows are known: least squares, column by column, or in the norm tr(E C E') of E = w - d S.
 
     There columns hang together, and 30 steps of conjugate gradients go on from the answer without C.
@@ -140,7 +136,7 @@ def unit(d: Float[Tensor, "m r"], s: Float[Tensor, "r n"]) -> tuple[Float[Tensor
 
 
 @torch.no_grad()
-def factor(w: Float[Tensor, "m n"], p: Pattern, seed: int = 0, c: Weights = None, rounds: int = 5) -> tuple:
+def factor(w: Float[Tensor, "m n"], p: Pattern, seed: int = 0, c=None, rounds: int = 5) -> tuple:
     """D `m r`, S `r n` that make |w - D S|, or tr(E C E'), small; and that error, squared, after each round.
 
     D begins as columns of w, drawn by `seed`. A round finds places by pursuit and numbers by least squares, keeps what was there
@@ -159,11 +155,18 @@ def factor(w: Float[Tensor, "m n"], p: Pattern, seed: int = 0, c: Weights = None
         s, other = refit(w, d, index, c), refit(w, d, new, c)
         better = gaps(other) < gaps(s) if c is None else (gaps(other).sum() < gaps(s).sum()).expand(w.shape[1])
         index, s = torch.where(better[:, None], new, index), torch.where(better, other, s)
-        both = weigh(s) @ s.T
-        both = both + 1e-9 * both.diagonal().mean() * torch.eye(p.r).to(both)
-        d, s = unit(torch.linalg.solve(both, weigh(s) @ w.T).T, s)
+        d, s = unit((torch.linalg.pinv(weigh(s) @ s.T, hermitian=True) @ weigh(s) @ w.T).T, s)
         errors.append(gaps(s).sum().item())
     return d, s, errors
+
+
+def wake(w: Float[Tensor, "m n"], d: Float[Tensor, "m r"], s: Float[Tensor, "r n"], p: Pattern) -> Float[Tensor, "r n"]:
+    """The dense shadow that S begins with: a number that rests is what it would be if it spoke alone in its group, but at most
+    nine tenths of the least that speaks there. d: columns of length 1."""
+    numbers, groups = s.unflatten(0, (-1, p.group)), d.unflatten(1, (-1, p.group))
+    alone = (d.T @ (w - d @ s)).view_as(numbers) + torch.einsum("mgi,mgj,gjn->gin", groups, groups, numbers)
+    least = 0.9 * numbers.abs().masked_fill(numbers == 0, torch.inf).amin(1, keepdim=True)
+    return torch.where(numbers == 0, alone.clamp(-least, least), numbers).flatten(0, 1)
 
 
 # --- the layer ----------------------------------------------------------------------------------------------------------
@@ -200,14 +203,15 @@ class DenseSparse(nn.Module):
             root = value.clamp_min(1e-8 * value.mean()).sqrt()
             d, s, _ = factor((vector * root) @ vector.T @ w, p, seed)
             d = (vector / root) @ vector.T @ d
-        return cls(d.to(layer.weight), s.to(layer.weight), p, layer.bias, turned)
+        shadow = wake(w.T if turned else w, *unit(d, s), p)
+        return cls(unit(d, s)[0].to(layer.weight), shadow.to(layer.weight), p, layer.bias, turned)
 
     def sparse(self) -> Float[Tensor, "r n"]:
         """S."""
         if not self.free:
             return self.shadow * self.mask
         self.mask = support(self.shadow, self.pattern)
-        return straight(self.shadow * self.mask, self.shadow)
+        return self.shadow - (self.shadow * ~self.mask).detach()
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         s = self.sparse()
@@ -243,15 +247,15 @@ class DenseSparse(nn.Module):
         """What has to be stored beside the bias: d and values in fp16, places within their groups bit by bit."""
         index, p = self.index(), self.pattern
         bits = (index.cpu().numpy()[..., None] % p.group >> np.arange(p.place)) & 1
-        places = {"places": torch.from_numpy(np.packbits(bits.astype(np.uint8)))}
-        return places | {"d": self.d.half(), "values": self.shadow.gather(0, index).half()}
+        places, values = torch.from_numpy(np.packbits(bits)), self.shadow.gather(0, index)
+        return {"d": self.d.half(), "values": values.half(), "places": places}
 
     @classmethod
     def unpack(cls, packed: dict[str, Tensor], p: Pattern, bias: Tensor | None = None, turned: bool = False) -> "DenseSparse":
         """The layer that was packed, with numbers rounded to fp16."""
         values = packed["values"].float()
         bits = np.unpackbits(packed["places"].numpy())[: values.numel() * p.place].reshape(*values.shape, p.place)
-        place = torch.from_numpy((bits.astype(np.int64) << np.arange(p.place)).sum(-1))
+        place = torch.from_numpy((bits.astype(int) << np.arange(p.place)).sum(-1))
         index = place + p.group * (torch.arange(p.k) // p.keep)[:, None]
         return cls(packed["d"].float(), torch.zeros(p.r, values.shape[1]).scatter_(0, index, values), p, bias, turned)
 
@@ -292,8 +296,7 @@ def choose(layer: nn.Linear, share: float, gram: Tensor | None = None, groups=(1
 
 def compress(model: nn.Module, batches: Iterable, share: float, within: str = "", groups=(1, 2, 4, 8), seed: int = 0):
     """The model with every matrix of `find` stored in this share of its bits. batches: calls, thousands of tokens."""
-    layers = find(model, within)
-    grams = inputs(model, layers, batches)
+    grams = inputs(model, layers := find(model, within), batches)
     return swap(model, {name: choose(layer, share, grams[name], groups, seed=seed) for name, layer in layers.items()})
 
 
