@@ -106,10 +106,10 @@ def pursue(w: Float[Tensor, "m n"], d: Float[Tensor, "m r"], p: Pattern) -> Int[
     return used.flatten(1).nonzero()[:, 1].view(n, p.k)
 
 
-def refit(w: Float[Tensor, "m n"], d: Float[Tensor, "m r"], index: Int[Tensor, "n k"], c=None) -> Float[Tensor, "r n"]:
-    """The numbers of S whose rows are known: least squares, column by column, or in the norm tr(E C E') of E = w - d S.
+def refit(w: Float[Tensor, "m n"], d: Float[Tensor, "m r"], index: Int[Tensor, "n k"], c=None, start=None):
+    """S `r n` whose rows are known: least squares, column by column, or in the norm tr(E C E') of E = w - d S, with C `n n`.
 
-    There columns hang together, and 30 steps of conjugate gradients go on from the answer without C.
+    There columns hang together, and 30 steps of conjugate gradients go on from `start`, or from the answer without C.
     """
     gram, right = d.T @ d, d.T @ w
     own = gram[index[:, :, None], index[:, None]] + 1e-9 * torch.eye(index.shape[1]).to(w)  # columns of d have length 1
@@ -117,6 +117,7 @@ def refit(w: Float[Tensor, "m n"], d: Float[Tensor, "m r"], index: Int[Tensor, "
     s = torch.zeros_like(right).scatter_(0, index.T, values.T)
     if c is None:
         return s
+    s = s if start is None else start
     mask, size = torch.zeros_like(s).scatter_(0, index.T, 1.0), c.diagonal().clamp_min(1e-12 * c.diagonal().mean())
     rest = mask * (d.T @ ((w - d @ s) @ c))
     way, before = torch.zeros_like(s), 1.0
@@ -148,11 +149,11 @@ def factor(w: Float[Tensor, "m n"], p: Pattern, seed: int = 0, c=None, rounds: i
     d = F.normalize(w[:, torch.randperm(w.shape[1], generator=dice)[: p.r]], dim=0)
     weigh = (lambda e: e) if c is None else (lambda e: e @ c)
     gaps = lambda s: ((e := w - d @ s) * weigh(e)).sum(0)
-    index, errors = None, []
+    index, s, errors = None, None, []
     for _ in range(rounds):
         new = pursue(w, d, p)
         index = new if index is None else index
-        s, other = refit(w, d, index, c), refit(w, d, new, c)
+        s, other = refit(w, d, index, c, s), refit(w, d, new, c)
         better = gaps(other) < gaps(s) if c is None else (gaps(other).sum() < gaps(s).sum()).expand(w.shape[1])
         index, s = torch.where(better[:, None], new, index), torch.where(better, other, s)
         d, s = unit((torch.linalg.pinv(weigh(s) @ s.T, hermitian=True) @ weigh(s) @ w.T).T, s)
