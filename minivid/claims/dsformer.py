@@ -71,9 +71,9 @@ def dense() -> nn.Module:
 
 @lru_cache(2)
 def layers(fast: bool) -> dict[str, nn.Linear]:
-    """What is compressed; in the fast form three matrices."""
+    """What is compressed; in the fast form two matrices."""
     found = paper.find(dense(), "trunk")
-    few = ("attention.v", "fc1", "fc2")
+    few = ("attention.v", "fc2")
     return {name: part for name, part in found.items() if not fast or name in [f"trunk.blocks.1.{last}" for last in few]}
 
 
@@ -81,7 +81,8 @@ def layers(fast: bool) -> dict[str, nn.Linear]:
 def entering(seed: int, fast: bool, split: str = "train") -> dict[str, Tensor]:
     """X'X of what enters every layer, of calibration or of held-out clips."""
     n = (CALIBRATION if split == "train" else HELD)[fast]
-    calls = noisy(*(x[:n] for x in clips(seed, CLIPS[fast] if split == "train" else n, split)), seed)
+    latent, words = clips(seed, CLIPS[fast] if split == "train" else n, split)
+    calls = noisy(latent[:n], words[:n], seed)
     return paper.inputs(dense(), layers(fast), [call for call, _ in calls])
 
 
@@ -121,7 +122,7 @@ def approximations(layer: nn.Linear, how: str, share: float, width: int) -> list
     """The patterns of a kind that are tried on a matrix."""
     m, n = sorted(layer.weight.shape)
     if how == "svd":
-        return [Pattern(rank_for(*layer.weight.shape, share))]
+        return [Pattern(rank_for(layer.out_features, layer.in_features, share))]
     if how == "grouped":
         return [p for group in ((4, 8) if n > m else (2, 4)) if (p := paper.fitting(m, n, share, group, width))]
     return [p for r in ((3 * m // 4, m) if n > m else (m // 4, m // 3)) if (p := scattered(m, n, share, r, width))]
@@ -135,11 +136,12 @@ def matrices(seed, fast, how, width, weighted):
         last = name.rpartition(".")[2]
         if not last.startswith("fc") and not fast and ".blocks.1." not in name and ".blocks.4." not in name:
             continue
-        made = [DenseSparse.of(layer, p, fitted.get(name), seed).merge().weight for p in approximations(layer, how, 0.5, width)]
+        tried = approximations(layer, how, 0.5, width)[: 1 if fast else None]
+        made = [DenseSparse.of(layer, p, fitted.get(name), seed).merge().weight for p in tried]
         best = min(made, key=lambda w, layer=layer, name=name: paper.error(layer, w, fitted.get(name)))
         for kind in ("mlp", last) if last.startswith("fc") else ("attention",):
             errors[kind].append(paper.error(layer, best, seen.get(name)) ** 0.5)
-    return {kind: sum(values) / len(values) for kind, values in errors.items()}
+    return {kind: sum(values) / len(values) for kind, values in errors.items() if values}
 
 
 # --- models -------------------------------------------------------------------------------------------------------------
@@ -169,11 +171,12 @@ def started(seed: int, fast: bool, how: str, share: float) -> dict[str, nn.Modul
     """The layers before tuning. D S is the same whatever becomes of its places."""
     grams = entering(seed, fast)
     if how == "low rank":
-        return {name: Factored.of(x, rank_for(*x.weight.shape, share), grams[name]) for name, x in layers(fast).items()}
+        rank = lambda x: rank_for(x.out_features, x.in_features, share)
+        return {name: Factored.of(x, rank(x), grams[name]) for name, x in layers(fast).items()}
     if how == "pruned":
         return {name: pruned(layer, grams[name]) for name, layer in layers(fast).items()}
-    minded = {} if how == "blind" else grams
-    return {name: paper.choose(layer, share, minded.get(name), seed=seed) for name, layer in layers(fast).items()}
+    minded, groups = {} if how == "blind" else grams, (1, 4) if fast else (1, 2, 4, 8)
+    return {name: paper.choose(layer, share, minded.get(name), groups, seed=seed) for name, layer in layers(fast).items()}
 
 
 def bits(layer: nn.Linear, new: nn.Module) -> int:

@@ -187,7 +187,7 @@ class DenseSparse(nn.Module):
         self.pattern, self.turned, self.free = pattern, turned, False
         self.d, self.shadow = nn.Parameter(d.clone()), nn.Parameter(s.clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.register_buffer("mask", support(s, pattern))
+        self.mask = nn.Buffer(support(s, pattern))
 
     @classmethod
     @torch.no_grad()
@@ -264,7 +264,7 @@ class DenseSparse(nn.Module):
 # --- whole models -------------------------------------------------------------------------------------------------------
 
 
-def find(model: nn.Module, within: str = "") -> dict[str, nn.Linear]:
+def find(model: nn.Module, within: str = "") -> dict:
     """The linear layers of attention and feed-forward, by name. Raises ValueError where there are none."""
     found = {name: part for name, part, role in parts(model) if role in ROLES and name.startswith(within)}
     if not found:
