@@ -37,7 +37,7 @@ from minivid.low_rank.dsformer import DenseSparse, Pattern
 
 FILES = [f"minivid/weights/{name}.safetensors" for name in ("video", "tok-v")]
 CLIPS, CALIBRATION, HELD, JUDGED = (512, 8), (256, 8), (128, 4), (64, 4)  # full, fast
-STEPS, TRY, BATCH = (500, 4), (60, 2), 8
+STEPS, TRY, BATCH = (500, 3), (60, 1), 8
 RATES = (1e-3, 3e-3, 1e-2)
 Call = tuple[Tensor, Tensor, Cond]
 
