@@ -399,12 +399,12 @@ def test_a_killed_tuning_goes_on_to_the_same_weights(tmp_path):
             return loss(model, batch)
 
         calls = 0
-        paper.tune(student, [student.fc1, student.fc2], once, batches, 460, 1e-2, path=path)
+        paper.tune(student, [student.fc1, student.fc2], once, batches, 240, 1e-2, path=path)
         return student
 
     whole = run(None)
     with pytest.raises(Killed):
-        run(tmp_path / "state.safetensors", 420)
+        run(tmp_path / "state.safetensors", 220)
     again = run(tmp_path / "state.safetensors")
     for name, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
