@@ -95,7 +95,7 @@ def _area(values: np.ndarray, top: Number) -> np.ndarray:
     rows = np.arange(high)[::-1, None]
     for i, ink in enumerate(KINDS.values()):
         inside = (rows >= edges[i].round()) & (rows < edges[i + 1].round())
-        out[inside.repeat(DENSITY, 1)] = rgb(PALETTE.get(ink, ink))
+        out[inside.repeat(DENSITY, 1)] = rgb(ink)
     return out
 
 

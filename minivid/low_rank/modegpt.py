@@ -244,22 +244,21 @@ def allocate(s: Float[Tensor, "l"], average: float, epsilon: float, cap: float =
     return phi
 
 
-def plan(
-    model: nn.Module, pairs: Sequence[Pair], influence: dict[str, float], share: float, epsilon: float
-) -> dict[Pair, int]:
+def plan(model: nn.Module, pairs: Sequence[Pair], influence: dict[str, float], share: float, epsilon: float) -> dict[Pair, int]:
     """The widths with which the pairs keep at most this share of their weights.
 
     The same phi holds for all pairs of a block, with the least average that does it. Heads are coarse, so something is left
     over, and hidden units take it. Raises ValueError where even the largest cut leaves more.
     """
-    s, most = torch.tensor(list(influence.values())), share * sum(p.size(model, p.full) for p in pairs)
+    unit = {p: p.size(model, 1) for p in pairs}  # sizes grow in proportion to widths
+    s, most = torch.tensor(list(influence.values())), share * sum(p.full * unit[p] for p in pairs)
     for step in range(801):
         phi = dict(zip(influence, allocate(s, step * CAP / 800, epsilon).tolist(), strict=True))
         widths = {p: p.kept(phi[p.block]) for p in pairs}
-        left = most - sum(p.size(model, width) for p, width in widths.items())
+        left = most - sum(width * unit[p] for p, width in widths.items())
         if left >= 0:
             fine = [p for p in pairs if p.kind == "mlp"]
-            return widths | {p: min(p.full, widths[p] + int(left / len(fine) / p.size(model, 1))) for p in fine}
+            return widths | {p: min(p.full, widths[p] + int(left / len(fine) / unit[p])) for p in fine}
     raise ValueError(f"at most {CAP} of a block may go, and that leaves more than the share {share} asked for")
 
 

@@ -28,6 +28,7 @@
 # %%
 import json
 from functools import lru_cache
+from statistics import fmean
 
 import torch
 from IPython.display import Markdown
@@ -52,7 +53,7 @@ model, tokenizer, grid = weights.load("frames"), weights.load("tok-f"), (16, 4, 
 
 # %%
 def arithmetic(side):
-    """Tokens of 16 frames of side x side tokens, and the shares of a call's FLOPs: attention's, and all others'."""
+    """Tokens of 16 frames of side x side tokens, and attention's share of a call's FLOPs in %."""
     x, n = torch.zeros(1, 4, 16, 2 * side, 2 * side), 16 * side**2
     whole = measure.flops(lambda: model(x, torch.tensor([0.5]), Cond()))
     pairs = sum(4 * n * n * layer.v.out_features for _, layer in paper.layers(model))
@@ -64,7 +65,7 @@ series = {"scores and sums": ([n for n, _ in points], [share for _, share in poi
 show.lines(series, "tokens", "share of a call's FLOPs, %", "What attention costs", log="x")
 
 # %% [markdown]
-# With few tokens attention is a detail; with 4,096 it is nearly everything. Whoever wants longer clips must make
+# With few tokens attention is a detail; with 4,096 it is six sevenths of all. Whoever wants longer clips must make
 # fewer pairs.
 #
 # ## What the heads look at
@@ -79,13 +80,14 @@ scene = world.draw(7, 1, "base", "held-out")
 clips = {"world": world.render(scene, 32, 16)[None], "film": natural_crops(4, 32, 16, "held-out", seed=5)[1:2]}
 conds = {"world": Cond(text=text.tokens([world.caption(scene)])), "film": Cond(text=text.tokens([""]))}
 path, dice = noise.flow(), torch.Generator().manual_seed(0)
-grain = torch.randn(tokenizer.encode(clips["world"]).shape, generator=dice)
+latents = {name: tokenizer.encode(clip) for name, clip in clips.items()}
+grain = torch.randn(latents["world"].shape, generator=dice)
 
 
 @torch.no_grad()
 def believed(net, clip, t):
     """The clean clip `3 f h w` that a model believes in, told a clip with noise up to time t."""
-    x = path.at(tokenizer.encode(clips[clip]), grain, torch.tensor([t]))
+    x = path.at(latents[clip], grain, torch.tensor([t]))
     at = torch.tensor([t])
     return tokenizer.decode(path.clean(x, at, net(x, at, conds[clip])))[0]
 
@@ -129,7 +131,8 @@ maps.board(thumbnails("film", 0.7), kinds, {"": "sky"}, "The same heads, on a fi
 
 # %%
 shares = torch.linspace(0.02, 1, 50)
-window = paper.kept(paper.Mode("diagonal", 2), grid)
+two = paper.Mode("diagonal", 2)  # frames to either side
+window, width = paper.kept(two, grid), paper.share(two, grid)
 
 
 def kept_by(choice, one):
@@ -146,7 +149,7 @@ def draw(axes):
     for ax, clip in zip(axes, clips, strict=True):
         for one in all_maps(clip, 0.7).flatten(0, 1):
             ax.plot(100 * shares, [100 * b for b in best(one)], color="#0072B2", lw=0.7, alpha=0.6)
-            ax.plot(29, 100 * kept_by(window, one), "o", color="#E69F00", mec="#222222", ms=4)
+            ax.plot(100 * width, 100 * kept_by(window, one), "o", color="#E69F00", mec="#222222", ms=4)
         ax.set(title=clip, xlabel="pairs computed, %", ylabel="attention kept, %")
 
 
@@ -196,7 +199,8 @@ def dense_clip(clip, t):
 def price(table, share):
     heads = [mode.kind for row in table for mode in row]
     time = sum(seconds[kind] for kind in heads) / len(heads)
-    return (f"{100 * share:.0f} % of all pairs are computed: {share * 4 * 256**2 * 32 * 24 / 1e6:.0f} of 201 MFLOP; "
+    dense = 4 * 256**2 * 32 * len(heads) / 1e6  # two products of 256 x 256 pairs with 32 channels a head
+    return (f"{100 * share:.0f} % of all pairs are computed: {share * dense:.0f} of {dense:.0f} MFLOP; "
             f"with 4,096 tokens {100 * time:.0f} % of the time (measured).")  # fmt: skip
 
 
@@ -230,13 +234,12 @@ play.knobs(
 
 # %% tags=["nbval-ignore-output"]
 result = claims.read("sparse-vdit")
-mean = lambda values: sum(values) / len(values)
 ways = {"frames": "window of frames", "places": "window of places", "online": "online choice", "searched": "searched",
         "top blocks": "top blocks", "random": "random modes"}  # fmt: skip
 curves = {}
 for way, name in ways.items():
     arms = [result["arms"][f"{way} ({budget})"]["values"] for budget in ("29 %", "48 %") if f"{way} ({budget})" in result["arms"]]
-    curves[name] = [100 * mean(arm["cost"]) for arm in arms], [mean(arm["psnr"]) for arm in arms]
+    curves[name] = [100 * fmean(arm["cost"]) for arm in arms], [fmean(arm["psnr"]) for arm in arms]
 show.lines(curves, "attention's FLOPs, % of dense", "PSNR to the dense clip, dB", "Quality and cost")
 
 # %% [markdown]
