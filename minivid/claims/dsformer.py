@@ -17,6 +17,14 @@ SVD; "pruned" keeps 2 of every 4 numbers by size times size of the input, refitt
 number it takes 56 % of the bits, for there is no such pattern of a half. "start" is the rise before any tuning.
 
 A seed is a draw of training clips, held-out clips, times and noise, and of the columns that D begins with; the model is one.
+
+Outcome: at half the storage D S errs 27 to 36 % less than the best low rank on the matrices of the feed-forwards, however many
+bits a number has and whether or not inputs weigh; on those of attention 4 to 14 % less, but for groups at 16 bits with inputs
+weighed, which are 1 % worse. In the model, tuned for as many steps, it rises 29 % (at half) and 22 % (at a third) less than low
+rank. That its places are worth learning is not reproduced: the shadow moves 6 to 10 % of the numbers, and the rise is 1.5 % less
+than where all stay, 20 were asked for; from a blind start, five times as bad, 2 % move and it is 0.8 %. What tuning brings (0.79
+down to 0.18) the numbers bring, not their places. And two of every four numbers, refitted, rise by a third less than D S at
+half, for 56 % of the bits instead of 49. The rate that won, 1e-3, is the least that was tried.
 """
 
 import copy
