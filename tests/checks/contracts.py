@@ -111,3 +111,25 @@ def path(make) -> None:
     inputs = [y.requires_grad_(True) for y in (mixed, told)]
     assert whole.clean(mixed.double(), t.double(), told.double()).dtype == torch.float64
     assert reached(whole.clean(mixed, t, told) + whole.noise(mixed, t, told), *inputs)
+
+
+def bottleneck(part, d: int) -> None:
+    """`part(z) -> z_q, codes, losses` and `part.lookup(codes)`, on a latent of d channels; codes are (index, where) pairs."""
+    z = draw(2, d, 3, 4, 4).requires_grad_(True)
+    part = part.eval()
+    out, codes, losses = part(z)
+    assert out.shape == z.shape and out.dtype == z.dtype and out.isfinite().all()
+    assert torch.equal(part.lookup(codes), out)
+    for index, where in codes:
+        n = index[0].numel()
+        assert index.dtype == torch.int64 and len(index) == 2 and index.min() >= 0 and where.coords.shape[-2:] == (n, 3)
+    assert all(value.ndim == 0 and value >= 0 for value in losses.values())
+    assert reached(out, z)
+    again = part(z)
+    assert torch.equal(again[0], out) and all(torch.equal(a.index, b.index) for a, b in zip(again[1], codes, strict=True))
+    alone, own, _ = part(z[1:])
+    close(alone, out[1:])
+    assert all(torch.equal(a.index, b.index[1:]) for a, b in zip(own, codes, strict=True))
+    doubled = part.double()
+    assert doubled(z.double())[0].dtype == torch.float64
+    part.float()
