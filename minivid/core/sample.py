@@ -29,7 +29,7 @@ def generate(
     if not tokenizer.frames(frames) or size % 8 or size < 8:
         raise ValueError(f"frames must be 1 + {tokenizer.time_stride}k and size a multiple of 8, got {frames} and {size}")
     x = start(len(captions), tokenizer.latent_shape(frames, size, size), seed)
-    times = noise.table(steps, x.shape[2])
+    times = noise.table(steps, x.shape[2], shift=3.0)  # short steps near noise: it is there that what and where are decided
     latent = noise.sample(Guided(model, guidance), noise.flow(), x, Cond(text=words), times)
     with torch.no_grad():
         return tokenizer.decode(latent)

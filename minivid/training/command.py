@@ -105,8 +105,9 @@ def train(name: str, steps: int | None = None, seed: int = 0, device: str | None
     if recipe.end:
         recipe.end(model.eval(), batches)
     made = {
-        "command": f"python -m minivid train {name} --seed {seed} --steps {steps}{' --compile' * compiled}", "steps": steps, "batch": recipe.batch,
-        "parameters": sum(p.numel() for p in model.parameters()), "final": log[-1] if log else {},
+        "command": f"python -m minivid train {name} --seed {seed} --steps {steps}{' --compile' * compiled}",
+        "steps": steps, "batch": recipe.batch, "final": log[-1] if log else {},
+        "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.time() - began), "resumed_from": log[0]["step"] if log else steps,
         "torch": torch.__version__, "products": str(fast).removeprefix("torch."), "commit": _commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} x {fit.processes()}",

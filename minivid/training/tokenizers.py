@@ -116,5 +116,5 @@ RECIPES = {
     "tok-f": Recipe("tokenizer", TOK_F, clip_material(16, 17, every=4), reconstruct, 5000, 3e-3, 16, **ENDS),
     "tok-q": Recipe("tokenizer", TOK_Q, clip_material(16, 17, every=4), reconstruct, 5000, 3e-3, 16, **ENDS),
     "feat-a": Recipe("features", dict(time=1), labelled(32), recognise, 2500, 2e-3, 32),
-    "feat-b": Recipe("features", dict(time=3, widths=[24, 40, 56]), labelled(32), recognise, 2500, 2e-3, 32),
+    "feat-b": Recipe("features", dict(time=3, widths=[24, 40, 56]), labelled(32, 24576), recognise, 10000, 2e-3, 32),
 }

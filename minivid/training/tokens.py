@@ -22,7 +22,7 @@ CODED = {"base": 24576, "cuts": 12288, "varied": 12288}
 @torch.no_grad()
 def codes_of(tokenizer, data: Tensor, batch: int = 128) -> Tensor:
     """Codes `n f h w` (bytes) of clips in bytes, by a tokenizer whose bottleneck has one grid of at most 256 codes."""
-    parts = (tokenizer.bottleneck(tokenizer.features(corpus.clip_of(part)))[1][0] for part in data.split(batch))
+    parts = (tokenizer.bottleneck(tokenizer.features(corpus.clip_of(part)))[1][0].index for part in data.split(batch))
     return torch.cat([p.to(torch.uint8) for p in parts])
 
 

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minivid.core import surgery
+from minivid.core.attention import Attention, unfused
 from minivid.core.baselines.quant import (
     LearnedSteps,
     QuantisedLinear,
     Steps,
     allocate,
+    around,
+    between,
     dequantise,
     fake_quantise,
     gptq,
@@ -34,6 +37,7 @@ from minivid.core.baselines.quant import (
     unpack,
     unpack3,
 )
+from minivid.core.where import grid
 from minivid.lab import measure
 
 
@@ -122,6 +126,19 @@ def test_the_gradient_of_step_and_offset_is_lsqs():
     ours.grad = None
     fake_quantise(torch.tensor([99.0]), Steps(ours, torch.tensor([0.0]), 0, 7)).sum().backward()
     assert ours.grad.item() == 7
+
+
+def test_a_learnt_clip_of_a_running_range_gets_its_gradient():
+    """Ends of the range times learnt shares, as activations are clipped: against finite differences of the clamped numbers."""
+    x = torch.randn(4, 64, generator=dice())
+    share = torch.full((2,), 0.6, requires_grad=True)
+    grid_of = lambda p: between(p[0] * x.amin(1, keepdim=True), p[1] * x.amax(1, keepdim=True), 8)
+    fake_quantise(x, grid_of(share)).sum().backward()
+    for i in range(2):
+        p, m = (share.detach().clone().index_add(0, torch.tensor([i]), torch.tensor([d])) for d in (0.01, -0.01))
+        clamped = lambda q: x.clamp(q[0] * x.amin(1, keepdim=True), q[1] * x.amax(1, keepdim=True)).sum()
+        assert share.grad[i].item() == pytest.approx(((clamped(p) - clamped(m)) / 0.02).item(), abs=0.8)
+    torch.testing.assert_close(around(x.abs().amax(), 4).step, symmetric(x, 4).step[0, 0])
 
 
 def test_learned_steps_find_a_better_grid():
@@ -340,6 +357,7 @@ def test_allocation_is_brute_force(seed, budgets):
     found = allocate(cost, limits, ties).tolist()
     assert all(total(use, found) <= most + 1e-6 for use, most in limits) and all(found[a] == found[b] for a, b in ties)
     assert total(cost, found) == pytest.approx(min(total(cost, c) for c in legal), abs=1e-6)
+    assert allocate(cost * 1e-9, limits, ties).tolist() == found
 
 
 def test_a_looser_budget_never_costs_more():
@@ -374,6 +392,22 @@ def test_products_traces_and_the_top_eigenvalue_are_those_of_the_explicit_hessia
     value, vector = largest(apply, weights, dice())
     assert value == pytest.approx(values[-1].item(), rel=1e-3)
     assert abs(float(flat(vector) @ vectors[:, -1])) > 0.999
+
+
+def test_attention_written_out_has_a_curvature():
+    """Against the difference of two gradients."""
+    torch.manual_seed(0)
+    layer, x = Attention(8, 2, attend=unfused).double(), torch.randn(1, 6, 8).double()
+    weights, v = [layer.q.weight, layer.v.weight], [torch.randn(8, 8).double() for _ in range(2)]
+    loss = lambda: layer(x, grid(6, 1, 1)).pow(3).sum()
+    said, sides = hessian(loss(), weights)(v), []
+    for side in (1e-4, -2e-4):
+        with torch.no_grad():
+            for w, a in zip(weights, v, strict=True):
+                w += side * a
+        sides.append(torch.autograd.grad(loss(), weights))
+    for a, plus, minus in zip(said, *sides, strict=True):
+        torch.testing.assert_close(a, (plus - minus) / 2e-4, rtol=1e-4, atol=1e-4)
 
 
 def test_one_probe_is_exact_on_a_diagonal_and_the_top_singular_value_is_the_svds():

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor, nn
 
 from .vq import straight
@@ -54,21 +54,26 @@ def _bits(bits: int, least: int, most: int = 16) -> int:
     return bits
 
 
-def minmax(x: Float[Tensor, "..."], bits: int, dim: int | tuple[int, ...] = ()) -> Steps:
-    """A grid of 2^bits values from the smallest to the largest number, both of which are on it.
-
-    dim: axes that share a step (kept, with size 1); () is all of them.
-    """
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+def between(low: Float[Tensor, "..."], high: Float[Tensor, "..."], bits: int) -> Steps:
+    """A grid of 2^bits values from low to high (a grid of width 0 gets step 1)."""
     step = (high - low) / (2 ** _bits(bits, 1) - 1)
     return Steps(torch.where(step > 0, step, 1.0), low, 0, 2**bits - 1)
 
 
+def around(most: Float[Tensor, "..."], bits: int) -> Steps:
+    """A grid around 0, which is on it, as are +-most: step = most / (2^(bits-1) - 1); at least 2 bits."""
+    step = most / (2 ** (_bits(bits, 2) - 1) - 1)
+    return Steps(torch.where(step > 0, step, 1.0), torch.zeros_like(step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def minmax(x: Float[Tensor, "..."], bits: int, dim: int | tuple[int, ...] = ()) -> Steps:
+    """`between` the smallest and the largest number. dim: axes that share a step (kept, with size 1); () is all of them."""
+    return between(x.amin(dim, keepdim=True), x.amax(dim, keepdim=True), bits)
+
+
 def symmetric(x: Float[Tensor, "..."], bits: int, dim: int | tuple[int, ...] = ()) -> Steps:
-    """A grid around 0, which is on it: step = max|x| / (2^(bits-1) - 1). dim as in `minmax`; at least 2 bits."""
-    step = x.abs().amax(dim, keepdim=True) / (2 ** (_bits(bits, 2) - 1) - 1)
-    step = torch.where(step > 0, step, 1.0)
-    return Steps(step, torch.zeros_like(step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    """`around` 0 as far as the number of largest size. dim as in `minmax`."""
+    return around(x.abs().amax(dim, keepdim=True), bits)
 
 
 def quantise(x: Float[Tensor, "..."], s: Steps) -> Int[Tensor, "..."]:
@@ -76,7 +81,7 @@ def quantise(x: Float[Tensor, "..."], s: Steps) -> Int[Tensor, "..."]:
     return ((x - s.offset) / s.step).round().clamp(s.low, s.high).to(torch.int32)
 
 
-def dequantise(codes: Int[Tensor, "..."], s: Steps) -> Float[Tensor, "..."]:
+def dequantise(codes: Integer[Tensor, "..."], s: Steps) -> Float[Tensor, "..."]:
     """The values that codes stand for."""
     return codes * s.step + s.offset
 
@@ -85,6 +90,7 @@ def fake_quantise(x: Float[Tensor, "..."], s: Steps) -> Float[Tensor, "..."]:
     """Values on the grid, with a gradient: 1 to x where its code wasn't clamped, else 0; to step and offset that of LSQ.
 
     Esser et al. 2020, arXiv 1902.08153, eq. 3: d value / d step = code - (x - offset) / step inside, the end's code outside.
+    A grid made from x itself hands its gradient on to the ends of x's range; make it from `x.detach()` where that isn't meant.
     """
     v = (x - s.offset) / s.step
     return straight(v.round(), v).clamp(s.low, s.high) * s.step + s.offset
@@ -194,7 +200,7 @@ def gptq(w: Float[Tensor, "o i"], gram: Float[Tensor, "i i"], s: Steps, damp: fl
     return codes
 
 
-def pack(codes: Int[Tensor, "*n"], bits: int) -> UInt8[Tensor, "m"]:
+def pack(codes: Integer[Tensor, "*n"], bits: int) -> UInt8[Tensor, "m"]:
     """Codes in [0, 2^bits), bits 1 to 8, as a stream of bits in ceil(n bits / 8) bytes, the lowest bit first."""
     _within(codes, 2 ** _bits(bits, 1, 8))
     places = torch.arange(8, dtype=torch.uint8, device=codes.device)
@@ -209,7 +215,7 @@ def unpack(packed: UInt8[Tensor, "m"], bits: int, n: int) -> UInt8[Tensor, "n"]:
     return (stream.view(n, bits) << places[:bits]).sum(1, dtype=torch.uint8)
 
 
-def pack3(codes: Int[Tensor, "*n"]) -> UInt8[Tensor, "m"]:
+def pack3(codes: Integer[Tensor, "*n"]) -> UInt8[Tensor, "m"]:
     """Codes 0, 1, 2, five in a byte (3^5 = 243): 1.6 bits each, where log2 3 = 1.585 is the least."""
     _within(codes, 3)
     powers = 3 ** torch.arange(5, device=codes.device)
@@ -286,7 +292,8 @@ def allocate(
     rows = [LinearConstraint(np.kron(np.eye(l), np.ones(k)), 1, 1)]  # one option a layer
     rows += [LinearConstraint(flat(use)[None], -np.inf, most) for use, most in limits]
     rows += [LinearConstraint(np.kron(np.eye(l)[a] - np.eye(l)[b], np.eye(k)), 0, 0) for a, b in ties]
-    found = milp(flat(cost), integrality=np.ones(l * k), bounds=Bounds(0, 1), constraints=rows)
+    goal = flat(cost) / max(float(cost.abs().max()), 1e-300)  # the solver takes differences below 1e-6 for nothing
+    found = milp(goal, integrality=np.ones(l * k), bounds=Bounds(0, 1), constraints=rows, options={"mip_rel_gap": 0})
     if found.x is None:
         raise ValueError(f"no choice keeps all budgets {[most for _, most in limits]} ({found.message})")
     return torch.from_numpy(found.x.reshape(l, k).argmax(1))

@@ -2,7 +2,7 @@
 
     bottleneck(z) -> z_q, codes, losses        lookup(codes) -> z_q        z: `b c f h w`, a vector of c numbers a cell
 
-Codes are a list of `Codes(index, where)`, one a grid (FSQ's are the bare index grids); losses are named and already weighted.
+Codes are a list of `Codes(index, where)`, one a grid; losses are named and already weighted.
 
 What is unusual here: the search for the nearest code never holds a table of all distances; running means and restarts of
 codes are those of the whole batch, however many processes share it, and random choices are functions of a counter that is
@@ -124,13 +124,13 @@ class FSQ(nn.Module):
         shift, half = (n % 2 == 0) * 0.5, (n - 1) * 0.5 * 1.001
         bounded = torch.tanh(z + torch.atanh(shift / half)) * half - shift
         rounded = straight(bounded.round(), bounded)
-        codes = ((rounded.detach() + n // 2).long() * self.digit.view(-1, 1, 1, 1)).sum(1)
-        return rounded / (n // 2), [codes], {}
+        index = ((rounded.detach() + n // 2).long() * self.digit.view(-1, 1, 1, 1)).sum(1)
+        return rounded / (n // 2), [Codes(index, grid(*index.shape[1:], device=z.device))], {}
 
-    def lookup(self, codes: list[Tensor]) -> Float[Tensor, "b c f h w"]:
-        """Index grids `[b f h w]` -> the values that they stand for."""
+    def lookup(self, codes: list[Codes]) -> Float[Tensor, "b c f h w"]:
+        """The values that the codes stand for."""
         n = self.levels.view(-1, 1, 1, 1)
-        index = rearrange(codes[0], "b f h w -> b 1 f h w") // self.digit.view(-1, 1, 1, 1) % n
+        index = rearrange(codes[0].index, "b f h w -> b 1 f h w") // self.digit.view(-1, 1, 1, 1) % n
         return (index - n // 2) / (n // 2)
 
 
@@ -211,6 +211,7 @@ class VQ(nn.Module):
     @torch.no_grad()
     def follow(self, x: Float[Tensor, "n d"], index: Int[Tensor, "n"]) -> None:
         """Move the codes to the running means of what they stand for, then restart those that stand for too little."""
+        x = x.to(self.total)  # sums in half precision would lose most of what they add
         total, count = sums(x, index, self.size)
         seen = torch.cat([total, count[:, None]], 1)
         if dist.is_initialized():
