@@ -69,8 +69,8 @@ def _film(looks: Looks, at: int, box: np.ndarray) -> list[Image.Image]:
     return [frame(int(i)) for i in np.linspace(0, at, min(at + 1, FRAMES)).round()]
 
 
-def _few(image: Image.Image, colours: int = 64) -> Image.Image:
-    """The same with few colours: half the bytes, and in dots and crosses the eye sees no difference."""
+def _few(image: Image.Image, colours: int = 48) -> Image.Image:
+    """The same with few colours: a fifth of the bytes, and in dots and crosses the eye sees no difference."""
     return image.quantize(colours).convert("RGB")
 
 
@@ -97,7 +97,7 @@ def _book(ax: Any, row: Sequence[Any], box: np.ndarray, colour: str, name: str) 
     ax.add_collection(LineCollection(tables.swapaxes(0, 1), colors=colour, linewidths=0.6, alpha=0.35, zorder=2))
     left = age > 0
     fade = np.stack([np.zeros(left.sum())] * 3 + [0.25 + 0.65 * 0.97 ** age[left]], -1)  # black, ever more transparent
-    ax.scatter(*table[left].T, 28, fade, "x", linewidths=1.1, zorder=3)
+    ax.scatter(*table[left].T, 28, fade, marker="x", linewidths=1.1, zorder=3)
     ax.plot(*table[age == 0].T, "o", color=colour, mec="white", mew=0.5, ms=5.5, zorder=4)
     ax.set(xlim=box[:, 0], ylim=box[:, 1], aspect="equal", xlabel="first number", ylabel="second number")
     ax.set_title(f"{name}, step {now.step}: {_used(now)} of {len(age)}")

@@ -1,9 +1,12 @@
 """Pictures of codebooks at work: what is said agrees with what is drawn, films are small, wrong input is refused."""
 
+import io
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from minivid.lab import books
 
@@ -30,6 +33,14 @@ def test_a_film_shows_every_look_and_only_where_asked():
     film = books.picture(both, film=True)
     assert len(film._film()) == 3 and 1_000 < len(film.webp) < 60_000
     assert len(books.picture({"one": looks(steps=40)}, film=True)._film()) == books.FRAMES
+
+
+def test_a_picture_of_few_colours_is_stored_as_such_and_unchanged():
+    both = {"one": looks(), "other": looks(used=5, seed=1)}
+    picture = books.picture(both)
+    read = Image.open(io.BytesIO(picture.png))
+    assert read.mode == "P" and np.array_equal(np.asarray(read.convert("RGB")), np.asarray(picture.image))
+    assert len(picture.png) < 60_000
 
 
 def test_refusals():
