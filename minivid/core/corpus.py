@@ -104,7 +104,7 @@ def captions(recipe: str, n: int, seed: int = 0, split: str = "train", length: i
 
 
 @torch.no_grad()
-def latents(tokenizer, name: str, data: np.ndarray, device="cpu", batch: int = 64) -> Tensor:
+def latents(tokenizer, name: str, data: np.ndarray, device="cpu", batch: int = 8) -> Tensor:
     """Latents `n c f h w` (fp16) of clips in bytes. name: what the clips are; first clips and tokenizer are part of the key."""
     values = [v.cpu().numpy() for v in tokenizer.state_dict().values()]
     key = hashlib.sha256(b"".join(v.tobytes() for v in [np.array(data[:8]), *values])).hexdigest()[:12]

@@ -44,7 +44,9 @@ class Picture:
     def __init__(
         self, image: Image.Image, text: str, alt: str, film: Callable[[], list[Image.Image]] | None = None, fps: int = 8
     ):
-        self.image, self.text, self.alt, self._film, self.fps = image.convert("RGB"), text, alt, film, fps
+        self.image, self.text, self.alt, self._film, self.fps = image, text, alt, film, fps
+        if image.mode != "P":  # an image in few colours stays so
+            self.image = image.convert("RGB")
 
     def __repr__(self) -> str:
         return self.text

@@ -26,6 +26,7 @@ from minivid.lab.canvas import DENSITY, INK, PAPER, TEXT, WIDTH, Picture, font, 
 from minivid.lab.plots import attention as attention_picture
 
 Number = float | int
+LARGE = 4_000_000  # drawn pixels of a page of stills from which on 128 colours must do
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,12 @@ def _beside(stills: Sequence[tuple[str, Picture]], text: str) -> Picture:
         page.paste(image, (x * DENSITY, (y + len(lines) * head) * DENSITY))
         x, y = (x + width + 12, y) if columns > 1 else (x, y + high)
     alt = " ".join(f"With {name}: {still.alt}" for name, still in stills)
-    return Picture(page, f"settled {text}", alt)
+    return Picture(_few_colours(page) if page.width * page.height > LARGE else page, f"settled {text}", alt)
+
+
+def _few_colours(page: Image.Image) -> Image.Image:
+    """A long page in 128 colours: a fifth of the bytes in the notebook, which holds all three stills at once."""
+    return page.quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
 
 
 def upload(render: Callable[[Tensor], Picture], sample: Tensor, *, size: int = 64, frames: int = 17) -> Display:

@@ -137,15 +137,17 @@ def attention(
     columns = min(k, 4)
 
     def draw(axes: Any) -> None:
+        from matplotlib import colormaps
         from matplotlib.colors import PowerNorm
 
+        few = colormaps["cividis"].resampled(24)  # noise in 256 colours would be half the bytes of a notebook
         axes = axes if isinstance(axes, list) else [axes]
         # Weights span orders of magnitude: the square root keeps the faint ones visible.
         scale = PowerNorm(0.5, vmin=0, vmax=float(maps.max()) or 1.0)
         for ax in axes[k:]:
             ax.set_visible(False)
         for i, ax in enumerate(axes[:k]):
-            image = ax.imshow(_shrunk(maps[i]), cmap="cividis", norm=scale, extent=(0, n, n, 0), interpolation="nearest")
+            image = ax.imshow(_shrunk(maps[i]), cmap=few, norm=scale, extent=(0, n, n, 0), interpolation="nearest")
             _frame_borders(ax, n, frames)
             ax.set_title(names[i] or caption)
             ax.set_xlabel("key")

@@ -7,7 +7,9 @@ Every function returns a `Picture`: a still that everybody sees, a film in a clo
 description for those who can't see it, and `.save(path)`. Wrong shapes, ranges and NaN raise, they are never shown.
 """
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -48,10 +50,29 @@ __all__ = [
     "latent",
     "lines",
     "mask",
+    "source",
     "strip",
 ]
 
 Array = Tensor | np.ndarray
+
+
+class Source:
+    """Code that displays itself, highlighted where a notebook can."""
+
+    def __init__(self, code: str):
+        self.code = code
+
+    def __repr__(self) -> str:
+        return self.code
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"text/plain": self.code, "text/markdown": f"```python\n{self.code}\n```"}
+
+
+def source(*things: Any) -> Source:
+    """The package's own source of functions and classes, one after the other: a lesson never shows a copy."""
+    return Source("\n\n".join(inspect.getsource(thing).rstrip() for thing in things))
 
 
 def clip(x: Array, caption: str = "", *, scale: int | None = None, fps: int = 8, alt: str = "") -> Picture:

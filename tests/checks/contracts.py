@@ -6,6 +6,7 @@
 Each asks for shapes, dtypes, determinism, independence of the samples of a batch, gradients, and the one rule of its contract.
 """
 
+import pytest
 import torch
 
 from minivid.core.cache import Cache
@@ -25,12 +26,19 @@ def reached(y, *inputs) -> bool:
     return all(g is not None and bool(g.isfinite().all()) and bool(g.abs().sum() > 0) for g in grads)
 
 
-def attention(attend, gradient=True, key_heads=(4, 2)) -> None:
-    """`attend(q, k, v, where) -> o` on a grid of 3 x 2 x 4 tokens; gradient=False for plugs of inference."""
+def attention(attend, gradient=True, key_heads=(4, 2), blocks=(None, 1, 2)) -> None:
+    """`attend(q, k, v, where) -> o` on a grid of 3 x 2 x 4 tokens; gradient=False for plugs of inference.
+
+    blocks: the kinds of visibility (frames a block) that the plug knows; it must refuse the others, not overlook them.
+    """
     for g in key_heads:
         for block in (None, 1, 2):
             where = grid(3, 2, 4, block=block)
             q, k, v = draw(2, 4, 24, 8), draw(2, g, 24, 8, seed=1), draw(2, g, 24, 6, seed=2)
+            if block not in blocks:
+                with pytest.raises(ValueError):
+                    attend(q, k, v, where)
+                continue
             o = attend(q, k, v, where)
             assert o.shape == (2, 4, 24, 6) and o.dtype == q.dtype and o.isfinite().all()
             assert torch.equal(o, attend(q, k, v, where))

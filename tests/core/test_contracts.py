@@ -46,6 +46,8 @@ def test_the_contract_finds_what_breaks_it():
     for plug in (mixing, blind, lossy):
         with pytest.raises(AssertionError):
             contracts.attention(plug)
+    with pytest.raises(pytest.fail.Exception):
+        contracts.attention(blind, blocks=(None,))  # what it doesn't know it must refuse
 
     class Forgets(cache.Cache):
         def read(self, layer, q, where):

@@ -143,3 +143,11 @@ def test_attention_map_starts_in_the_middle_and_has_a_still():
     assert repr(display.still) == "attention 1x24x24"
     with pytest.raises(ValueError, match="2 x 3 x 5 tokens"):
         play.attention(weights, 2, 3, 5)
+
+
+def test_a_long_page_of_stills_is_stored_in_few_colours():
+    noise = torch.rand(3, 4, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    many = play._beside([(f"number {i}", show.clips([noise] * 5)) for i in range(3)], "x")
+    few = play._beside([("one", show.strip(noise, frames=2))], "x")
+    assert many.image.mode == "P" and len(many.image.getcolors()) <= 128 and few.image.mode == "RGB"
+    assert Image.open(io.BytesIO(many.png)).size == many.image.size and many.width == many.image.width // 2

@@ -170,3 +170,9 @@ def test_wrong_input_is_refused_in_a_sentence(call, error, message):
 
 def test_a_small_overshoot_of_a_decoder_is_clamped():
     show.clip(ball() * 1.04)
+
+
+def test_source_is_the_code_itself():
+    shown = show.source(show.source, show.strip)
+    assert repr(shown).startswith("def source(") and "\n\n\n" not in repr(shown).split("def strip")[0].strip()
+    assert shown._repr_mimebundle_()["text/markdown"] == f"```python\n{shown}\n```"
