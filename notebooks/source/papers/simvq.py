@@ -25,7 +25,7 @@
 from functools import lru_cache
 
 import torch
-from IPython.display import Code, Markdown, display
+from IPython.display import Markdown, display
 
 from minivid.claims import simvq as claim
 from minivid.core.baselines.vq import VQ, nearest
@@ -122,9 +122,7 @@ plots.figure(matrices, (8.2, 3.0), "how far each code moves", alt, (1, 3))
 # The package's own source says it in a few lines; search, gradients and losses are those of plain VQ:
 
 # %%
-import inspect
-
-Code(inspect.getsource(SimVQ), language="python")
+show.source(SimVQ)
 
 # %% [markdown]
 # ## In a real tokenizer
@@ -300,4 +298,4 @@ Markdown("\n".join([f"**{result['verdict']}**, {len(result['seeds'])} seeds. " +
 # more than 4,096 codes.
 #
 # **Where next?** Chapter [02](../02_tokenizers.ipynb) puts all tokenizers on one plot of bits against decibels, and
-# [FQGAN](fqgan.ipynb) makes a large codebook of small ones.
+# [sparse-vdit](sparse-vdit.ipynb) asks the same question of attention: which of all these pairs are used?
