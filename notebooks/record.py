@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before a kernel starts
+os.environ["TQDM_DISABLE"] = "1"  # a bar at 0 % is no output to read
 
 import jupytext
 import nbclient

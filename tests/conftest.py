@@ -8,6 +8,7 @@ import os
 import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; inherited by the notebooks' kernels
+os.environ.setdefault("TQDM_DISABLE", "1")  # a bar is for who waits; as notebooks/record.py
 
 import hypothesis  # noqa: E402
 import matplotlib  # noqa: E402

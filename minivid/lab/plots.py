@@ -5,6 +5,7 @@ direct label), cividis for magnitude, text of 9 points or more, axes with names 
 """
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,9 +88,8 @@ def lines(
         if "x" in log:
             ax.set_xscale("log")
             places = sorted({float(v) for xs, _ in series.values() for v in xs})
-            if len(places) <= 8:  # the values that were measured, not powers of ten
-                ax.set_xticks(places, [f"{v:g}" for v in places])
-                ax.minorticks_off()
+            ax.set_xticks(marks := _marks(places), [f"{v:g}" for v in marks])
+            ax.minorticks_off()
         if "y" in log:
             ax.set_yscale("log")
         ax.set(xlabel=x, ylabel=y, title=caption)
@@ -97,6 +97,14 @@ def lines(
 
     alt = alt or f"{caption or 'Lines'}: {y} against {x} for {', '.join(series)}."
     return figure(draw, (6.5, 3.2), f"lines {len(series)}", alt)
+
+
+def _marks(places: Sequence[float]) -> list[float]:
+    """Where a logarithmic axis is marked: at the values that were measured, or, when they are many, at 1, 2 and 5."""
+    if len(places) <= 8 or places[0] <= 0:
+        return list(places)
+    decades = range(math.floor(math.log10(places[0])), math.ceil(math.log10(places[-1])) + 1)
+    return [v for d in decades for v in (10.0**d, 2 * 10.0**d, 5 * 10.0**d) if places[0] <= v <= places[-1]]
 
 
 def _name_ends(ax: Any, series: Mapping[str, tuple]) -> None:

@@ -176,3 +176,10 @@ def test_source_is_the_code_itself():
     shown = show.source(show.source, show.strip)
     assert repr(shown).startswith("def source(") and "\n\n\n" not in repr(shown).split("def strip")[0].strip()
     assert shown._repr_mimebundle_()["text/markdown"] == f"```python\n{shown}\n```"
+
+
+def test_a_logarithmic_axis_is_marked_where_it_can_be_read():
+    from minivid.lab.plots import _marks
+
+    assert _marks([64, 256, 1024]) == [64, 256, 1024]
+    assert _marks([0.18 * 1.3**i for i in range(12)]) == pytest.approx([0.2, 0.5, 1, 2])
