@@ -99,7 +99,7 @@ def lines(
     return figure(draw, (6.5, 3.2), f"lines {len(series)}", alt)
 
 
-def _marks(places: Sequence[float]) -> list[float]:
+def _marks(places: Sequence[Number]) -> list[Number]:
     """Where a logarithmic axis is marked: at the values that were measured, or, when they are many, at 1, 2 and 5."""
     if len(places) <= 8 or places[0] <= 0:
         return list(places)
