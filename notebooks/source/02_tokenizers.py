@@ -75,8 +75,10 @@ for kind, clip in clips.items():
 show.clips(rows, titles, "Open Play to see them move; decibels are means over 16 clips")
 
 # %% [markdown]
-# Twelve and sixteen times fewer, and the drawn world hardly changes. The film does: grass and fur are not made of few
-# things. Such a picture is why every number of this chapter is given for a kind of clip.
+# Twelve and sixteen times fewer, and the drawn world hardly changes. The film does: leaves and façades are not made of
+# few things. And a strange world shows what a tokenizer has learnt to expect: the digit moves faster than anything that
+# `tok-v` met in training, so it smears where `tok-f` doesn't. Hence every number of this chapter is given for a kind of
+# clip.
 #
 # <details><summary><b>Before you read on:</b> how would you make the numbers fewer, without any training?</summary>
 #
