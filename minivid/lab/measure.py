@@ -170,18 +170,20 @@ class Ratio:
 def ratio(a: Callable[[], Any], b: Callable[[], Any], repeats: int = 7) -> Ratio:
     """Time of `a()` divided by time of `b()`, from `repeats` pairs of alternating runs after one warm-up each.
 
-    Alternating is the point: a machine that slows down for a second slows both. A speed-up is ratio(baseline, method).
+    Alternating is the point: a machine that slows down for a second slows both. On one thread the processor's own time is
+    counted, which other programs don't lengthen; on several, the time on the wall. A speed-up is ratio(baseline, method).
     Raises ValueError for fewer than 5 repeats, of which a median would say too little.
     """
     if repeats < 5:
         raise ValueError(f"ratio needs at least 5 repeats for its median to mean something, got {repeats}.")
     a(), b()
-    runs = tuple((_seconds(a), _seconds(b)) for _ in range(repeats))
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    runs = tuple((_seconds(a, clock), _seconds(b, clock)) for _ in range(repeats))
     low, middle, high = statistics.quantiles([x / y for x, y in runs], n=4, method="inclusive")
     return Ratio(middle, low, high, runs, torch.get_num_threads())
 
 
-def _seconds(fn: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def _seconds(fn: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
     fn()
-    return max(time.perf_counter() - start, 1e-9)
+    return max(clock() - start, 1e-9)

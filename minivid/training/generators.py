@@ -54,6 +54,26 @@ def windows(tokenizer: str, recipe: str, n: int, batch: int, lengths: tuple[int,
     return material
 
 
+def detailed(batch: int, recipes: dict[str, int], natural: int, size: int = 64, frames: int = 8) -> Callable:
+    """Latents of larger frames: clips of several recipes with their captions, and crops of the natural films without."""
+
+    def material(device):
+        tok = weights.load("tok-f", device)
+        sets = {f"{r}-{n}x{frames}x{size}": corpus.clips(r, n, size, frames) for r, n in recipes.items()}
+        sets[f"natural-{natural}x{frames}x{size}"] = corpus.natural(natural, size, frames)
+        data = torch.cat([corpus.latents(tok, name, clips, device) for name, clips in sets.items()]).to(device)
+        words = [corpus.captions(r, n) for r, n in recipes.items()] + [text.tokens([""]).expand(natural, -1)]
+        said = torch.cat(words).to(device)
+
+        def batches(i):
+            rows = pick(i, len(data), batch, 37).to(device)
+            return data[rows].float(), said[rows]
+
+        return batches
+
+    return material
+
+
 def generate_loss(shift: float = 1.0) -> Callable:
     """Flow matching with one time a clip, one caption in ten emptied (for guidance)."""
 
@@ -147,6 +167,10 @@ RECIPES = {
     "frames": Recipe(
         "video", dict(channels=4), windows("tok-f", "base", 49152, 32, (16, 8, 16, 1)), generate_loss(3.0), 12000, 3e-3, 32,
         muon=1e-2,
+    ),
+    "frames-64": Recipe(  # grounds with texture, and film, which `frames` never met
+        "video", dict(channels=4), detailed(16, {"base": 8192, "textured": 8192, "varied": 4096}, 8192), generate_loss(3.0), 4000,
+        1.5e-3, 16, muon=5e-3, start="frames",
     ),
     "block": Recipe(
         "video", dict(channels=4, block=4), chunked(32), block_objective, 8000, 2e-3, 32, muon=5e-3, start="frames"

@@ -1,5 +1,7 @@
 """Each meter against a case that can be worked out by hand."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -104,6 +106,13 @@ def test_saved_storages_count_once():
     w = nn.Parameter(torch.ones(16, 16))
     x = torch.ones(16, 16)
     assert measure.saved_for_backward(lambda: (x @ w, x.t() @ w, x[:4] @ w)) == KB
+
+
+def test_ratio_on_one_thread_counts_work_and_not_waiting():
+    a = torch.randn(200, 200)
+    work = lambda: [a @ a for _ in range(30)]
+    waits = measure.ratio(lambda: [time.sleep(0.2), work()], work, repeats=5)
+    assert waits.threads == 1 and 0.4 < waits.median < 2.5  # some 30 if the wait counted
 
 
 def test_ratio_of_equal_work_is_about_one_and_of_more_work_is_more():
