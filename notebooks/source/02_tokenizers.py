@@ -278,12 +278,7 @@ asks = {"simvq": "how do you keep all codes of a large codebook alive, without r
         "hitvideo": "what if codes come in layers, the coarse ones first?",
         "vitok": "what limits a tokenizer: its size, its encoder or its decoder, or the bottleneck alone?",
         "tvt": "can a trained generator keep its weights while its tokenizer shrinks the clip further?"}
-lines = []
-for slug, question in asks.items():
-    paper = papers.find(slug).known()
-    where = f"[lesson](papers/{slug}.ipynb), {paper.verdict}" if paper.done else "lesson still open"
-    lines.append(f"* **{slug}**: {question} [{paper.title}](https://arxiv.org/abs/{paper.arxiv}) ({paper.year}); {where}")
-Markdown("\n".join(lines))
+Markdown(papers.listed(asks))
 
 # %% [markdown]
 # ## Where next
