@@ -19,6 +19,7 @@ A card is the docstring that opens a paper's file:
 import ast
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -205,6 +206,16 @@ def table(root: Path = ROOT) -> str:
         lines.append(f"| {chapter} | {title} | {facts['kind']} | {where} | {verdict} |")
     done = sum(row.done for row in rows(root))
     return "\n".join(lines) + f"\n\n{done} of {len(ROWS)} papers are done."
+
+
+def listed(asks: Mapping[str, str], root: Path = ROOT) -> str:
+    """Papers of a chapter as a Markdown list: the question that each asks (by slug), title, year, lesson and verdict if done."""
+    lines = []
+    for slug, question in asks.items():
+        row = find(slug, root).known()
+        where = f"[lesson](papers/{slug}.ipynb), {row.verdict}" if row.done else "lesson still open"
+        lines.append(f"* **{slug}**: {question} [{row.title}](https://arxiv.org/abs/{row.arxiv}) ({row.year}); {where}")
+    return "\n".join(lines)
 
 
 def _link(text: str, path: str) -> str:

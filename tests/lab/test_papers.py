@@ -111,6 +111,13 @@ def test_table_links_what_exists(tmp_path):
     assert sum(line.endswith("| open | open |") for line in lines) == 47
 
 
+def test_a_list_of_questions_links_the_lessons_that_exist(tmp_path):
+    build(tmp_path).result.write_text(json.dumps({"verdict": "holds"}))
+    first, second = papers.listed({"simvq": "who lives?", "fqgan": "how many?"}, tmp_path).splitlines()
+    assert first.startswith("* **simvq**: who lives? [Addressing") and first.endswith("(2024); [lesson](papers/simvq.ipynb), holds")
+    assert second.endswith("lesson still open")
+
+
 def test_readme_is_written_between_its_markers(tmp_path):
     text = f"# title\n\n{papers.BEGIN}\nold\n{papers.END}\nend\n"
     new = papers.readme(text, tmp_path)
