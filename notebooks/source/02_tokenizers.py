@@ -26,6 +26,7 @@
 
 # %%
 from functools import lru_cache
+from statistics import fmean
 
 import torch
 from IPython.display import Markdown
@@ -259,10 +260,9 @@ points = {
 curves = {}
 for name, each in points.items():
     curves[name] = [rate for (rate, _), _ in each], [psnr(back, clip).mean().item() for (_, back), clip in each]
-mean = lambda values: sum(values) / len(values)
 for how, name in (("vq", "plain VQ"), ("simvq", "SimVQ"), ("restart", "means + restart")):
     arms = [result["arms"][f"{how}, {k}"]["values"] for k in claim.SIZES]
-    curves[name] = [mean(arm["bits"]) for arm in arms], [mean(arm["psnr"]) for arm in arms]
+    curves[name] = [fmean(arm["bits"]) for arm in arms], [fmean(arm["psnr"]) for arm in arms]
 show.lines(curves, "bits a pixel, as stored", "PSNR, dB", "Rate and distortion", log="x")
 
 # %% [markdown]
