@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from minivid.lab.canvas import DENSITY, Picture
+from minivid.lab.canvas import DENSITY, Picture, few_colours
 from minivid.lab.plots import CYCLE, DASHES, MARKERS, figure
 
 Looks = Mapping[str, Sequence[Any]]
@@ -50,7 +50,7 @@ def picture(looks: Looks, at: int = -1, *, film: bool = False, alt: str = "") ->
     width = min(8.2, 0.8 + 3.0 * len(looks))
     height = 1.9 + (width / len(looks) - 0.7) * float(np.divide(*(box[1] - box[0])[::-1]))
     moving = (lambda: _film(looks, at, box)) if film and at else None
-    still = _few(figure(draw, (width, height), "", "").image)
+    still = few_colours(figure(draw, (width, height), "", "").image, 48)
     return Picture(still, f"codebooks {', '.join(looks)}", alt, moving, fps=6)
 
 
@@ -63,15 +63,10 @@ def _film(looks: Looks, at: int, box: np.ndarray) -> list[Image.Image]:
                 _book(ax, looks[name][: i + 1], box, CYCLE[j % 6], name)
 
         image = figure(draw, (3.0 * len(looks), 0.9 + 2.2 * tall), "", "", (1, len(looks))).image
-        return _few(image.resize((image.width // DENSITY, image.height // DENSITY)), 24)
+        return few_colours(image.resize((image.width // DENSITY, image.height // DENSITY)), 24)
 
     tall = float(np.divide(*(box[1] - box[0])[::-1]))
     return [frame(int(i)) for i in np.linspace(0, at, min(at + 1, FRAMES)).round()]
-
-
-def _few(image: Image.Image, colours: int = 48) -> Image.Image:
-    """The same with few colours: a fifth of the bytes, and in dots and crosses the eye sees no difference."""
-    return image.quantize(colours).convert("RGB")
 
 
 def _used(look: Any) -> int:

@@ -100,6 +100,11 @@ def _url(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def few_colours(image: Image.Image, colours: int = 128) -> Image.Image:
+    """The same in a few colours: a fifth of the bytes in a notebook, and in drawings the eye sees no difference."""
+    return image.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB")
+
+
 # --- values to colours ------------------------------------------------------------------------------------------------
 
 

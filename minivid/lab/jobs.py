@@ -92,13 +92,17 @@ def _reached(file: Path, name: str) -> Any:
     return [_plain(seen[line]) for line in sorted(seen)]
 
 
-def _binds(node: ast.stmt) -> Iterator[str]:
+def _binds(node: ast.AST) -> Iterator[str]:
+    """The names that a top-level statement defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         yield node.name
     elif isinstance(node, (ast.Import, ast.ImportFrom)):
         yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
-    else:
-        yield from (leaf.id for leaf in ast.walk(node) if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store))
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif not isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):  # their names are their own
+        for part in ast.iter_child_nodes(node):
+            yield from _binds(part)
 
 
 def load_module(file: Path) -> ModuleType:

@@ -180,3 +180,18 @@ def curve(xs: Sequence[Number], ys: Sequence[Number], at: int, x: str, y: str) -
     draw.text(((wide / 2) * DENSITY - font().getlength(x) / 2, (high - 20) * DENSITY), x, INK, font())
     draw.text((4 * DENSITY, 16 * DENSITY), f"{y} ({y0:.3g} to {y1:.3g})", INK, font())
     return page
+
+
+def page(caption: str, rows: Sequence[Sequence[Image.Image]], facts: Sequence[str] = (), *, alt: str = "") -> Picture:
+    """Pieces as `bars` and `curve` draw them, side by side and row under row, below a caption and facts in words."""
+    sheet = Sheet()
+    sheet.text(caption, bold=True)
+    for fact in facts:
+        sheet.text(fact)
+    every = [[sheet.image()], *rows]
+    wide, high = [sum(x.width for x in row) for row in every], [max(x.height for x in row) for row in every]
+    whole = Image.new("RGB", (max(wide), sum(high)), "white")
+    for j, row in enumerate(every):
+        for i, piece in enumerate(row):
+            whole.paste(piece, (sum(x.width for x in row[:i]), sum(high[:j])))
+    return Picture(whole, f"page: {caption}", alt or f"{caption}. {' '.join(facts)}")

@@ -8,10 +8,11 @@ The scores of a clip (PSNR, SSIM, drift, Frechet distance ...) live in `minivid.
 `minivid.world.judge`; both are here as `scores` and `judge`, so that one import serves a claim.
 """
 
+import itertools
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,35 +88,52 @@ def _stored(thing: Any, seen: set[tuple]) -> int:
     )
 
 
+@dataclass
+class Life:
+    """A storage that was born during a measured call. It is alive while operations `born` to `died` run (the first is 1)."""
+
+    op: str  # what made it, such as "addmm"
+    shape: tuple[int, ...]  # of the first tensor that looked at it
+    bytes: int
+    born: int
+    died: int
+
+
 class _Live(TorchDispatchMode):
     """Follows every storage that is born under it until it dies, and remembers the highest sum."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: dict[int, int | None] = {}  # None: was there before, as weights and inputs are
-        self.now = self.peak = 0
+        self.held: dict[int, Life | None] = {}  # None: was there before, as weights and inputs are
+        self.lives: list[Life] = []
+        self.now = self.peak = self.ops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for tensor in _tensors((args, kwargs)):
-            self._follow(tensor, born_here=False)
+            self._follow(tensor)
         out = func(*args, **(kwargs or {}))
+        self.ops += 1
         for tensor in _tensors(out):
-            self._follow(tensor, born_here=True)
+            self._follow(tensor, func.overloadpacket.__name__)
         return out
 
-    def _follow(self, tensor: Tensor, born_here: bool) -> None:
+    def _follow(self, tensor: Tensor, born_of: str = "") -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata  # one number per storage, however many views look at it
-        if key in self.sizes:
+        if key in self.held:
             return
-        self.sizes[key] = storage.nbytes() if born_here else None
         weakref.finalize(storage, self._forget, key)
-        if born_here:
+        self.held[key] = Life(born_of, tuple(tensor.shape), storage.nbytes(), self.ops, self.ops) if born_of else None
+        if born_of:
+            self.lives.append(self.held[key])
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
 
     def _forget(self, key: int) -> None:
-        self.now -= self.sizes.pop(key) or 0
+        life = self.held.pop(key)
+        if life:
+            life.died = self.ops
+            self.now -= life.bytes
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -132,6 +150,38 @@ def peak(fn: Callable[[], Any]) -> int:
         result = fn()
     del result
     return live.peak
+
+
+def allocated(fn: Callable[[], Any]) -> int:
+    """The same peak as PyTorch's own profiler sees it, in bytes: with the scratch memory inside kernels. A check on `peak`."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = fn()
+    del result
+    found = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())), default=0)
+
+
+def lives(fn: Callable[[], Any]) -> list[Life]:
+    """What `peak` adds up, tensor by tensor in order of birth: who was alive while what ran. What `fn` returns outlives it."""
+    with _Live() as live:
+        result = fn()
+    for life in live.held.values():
+        if life:
+            life.died = live.ops
+    found = live.lives
+    del result
+    return found
+
+
+def live_bytes(found: Sequence[Life]) -> list[int]:
+    """Bytes alive while each operation ran, from the first that allocated to the last; the highest is the peak."""
+    change = [0] * (max((life.died for life in found), default=0) + 2)
+    for life in found:
+        change[life.born] += life.bytes
+        change[life.died + 1] -= life.bytes
+    return list(itertools.accumulate(change[1:-1]))
 
 
 def saved_for_backward(fn: Callable[[], Any]) -> int:

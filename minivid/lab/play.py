@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from minivid.lab.canvas import DENSITY, INK, PAPER, TEXT, WIDTH, Picture, font, wrap
+from minivid.lab.canvas import DENSITY, INK, PAPER, TEXT, WIDTH, Picture, few_colours, font, wrap
 from minivid.lab.plots import attention as attention_picture
 
 Number = float | int
@@ -174,12 +174,7 @@ def _beside(stills: Sequence[tuple[str, Picture]], text: str) -> Picture:
         page.paste(image, (x * DENSITY, (y + len(lines) * head) * DENSITY))
         x, y = (x + width + 12, y) if columns > 1 else (x, y + high)
     alt = " ".join(f"With {name}: {still.alt}" for name, still in stills)
-    return Picture(_few_colours(page) if page.width * page.height > LARGE else page, f"settled {text}", alt)
-
-
-def _few_colours(page: Image.Image) -> Image.Image:
-    """A long page in 128 colours: a fifth of the bytes in the notebook, which holds all three stills at once."""
-    return page.quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    return Picture(few_colours(page) if page.width * page.height > LARGE else page, f"settled {text}", alt)
 
 
 def upload(render: Callable[[Tensor], Picture], sample: Tensor, *, size: int = 64, frames: int = 17) -> Display:

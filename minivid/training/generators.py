@@ -162,7 +162,7 @@ def block_objective(model, batch, generator) -> dict[str, Tensor]:
 
 RECIPES = {
     "video": Recipe(
-        "video", dict(channels=10), told("tok-v", "base", 49152, 17, 32), generate_loss(2.0), 14000, 3e-3, 32, muon=1e-2
+        "video", dict(channels=10), told("tok-v", "base", 49152, 17, 32), generate_loss(3.0), 45000, 3e-3, 32, muon=1e-2
     ),
     "frames": Recipe(
         "video", dict(channels=4), windows("tok-f", "base", 49152, 32, (16, 8, 16, 1)), generate_loss(3.0), 12000, 3e-3, 32,

@@ -641,12 +641,7 @@ from IPython.display import Markdown
 asks = {"openvid": "does *less but clean* beat more? Many cheap filters; you have met them above.",
         "ultravideo": "what are nine captions of one clip worth, and how large may a picture grow?",
         "sharegpt4video": "how do you caption a long film: all at once, or what has changed since the last frame?"}
-lines = []
-for slug, question in asks.items():
-    paper = papers.find(slug).known()
-    where = f"[lesson](papers/{slug}.ipynb), {paper.verdict}" if paper.done else "lesson still open"
-    lines.append(f"* **{slug}**: {question} [{paper.title}](https://arxiv.org/abs/{paper.arxiv}) ({paper.year}); {where}")
-Markdown("\n".join(lines))
+Markdown(papers.listed(asks))
 
 # %% [markdown]
 # ## Where next

@@ -222,6 +222,15 @@ def test_only_the_code_that_an_arm_reaches_makes_it_run_again(toy):
     assert len(calls(toy)) == 16
 
 
+def test_a_name_within_a_comprehension_reaches_nothing(toy):
+    pairs = '{"one": Arm(arm, gain=1.0), "two": Arm(arm, gain=2.0)}'
+    edit(toy / "toy.py", pairs, '{name: Arm(arm, gain=gain) for name, gain in (("one", 1.0), ("two", 2.0))}')
+    claims.run("toy", toy)
+    edit(toy / "toy.py", "margin=1.5", "margin=1.0")  # arm has a `gain` too, but not this one
+    claims.run("toy", toy)
+    assert len(calls(toy)) == 8
+
+
 def test_other_weights_make_their_arm_run_again(toy):
     (toy / "w.bin").write_bytes(b"1")
     edit(toy / "toy.py", "Arm(arm, gain=2.0)", 'Arm(arm, files=[str(HERE / "w.bin")], gain=2.0)')

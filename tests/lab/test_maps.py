@@ -74,3 +74,12 @@ def test_a_board_frames_heads_in_the_colours_of_their_kinds():
     with pytest.raises(ValueError, match="a kind for each"):
         maps.board(x, [["full"]], COLOURS)
 
+
+def test_a_page_puts_pieces_side_by_side_and_rows_under_one_another():
+    one, two = maps.bars({"a": [0.5]}, limit=0.8), maps.curve([1, 2], [3, 4], 0, "x", "y")
+    picture = maps.page("caption", [[one, two], [two]], ["a fact"])
+    head = maps.page("caption", [], ["a fact"]).image.height
+    assert picture.image.size == (one.width + two.width, head + one.height + two.height) and picture.alt == "caption. a fact"
+    pixels = np.asarray(picture.image)
+    assert np.array_equal(pixels[head : head + one.height, : one.width], np.asarray(one))
+    assert np.array_equal(pixels[head + one.height :, : two.width], np.asarray(two))

@@ -82,6 +82,38 @@ def test_peak_ignores_views_and_in_place_work():
     assert measure.peak(views) == 2 * KB  # y, and the copy that reshape has to make of y.t()
 
 
+def test_lives_say_what_was_alive_while_what_ran():
+    x, w = torch.zeros(16, 16), torch.zeros(16, 16)
+
+    def work():
+        a = x @ w  # 1
+        b = a + 1  # 2
+        del a
+        c = b[:4] * 2  # 3 is the view, 4 the product
+        return b.mul_(2), c  # 5
+
+    found = measure.lives(work)
+    assert [(one.op, one.shape, one.bytes, one.born, one.died) for one in found] == [
+        ("mm", (16, 16), KB, 1, 2), ("add", (16, 16), KB, 2, 5), ("mul", (4, 16), KB // 4, 4, 5)]  # fmt: skip
+    assert measure.live_bytes(found) == [KB, 2 * KB, KB, 1.25 * KB, 1.25 * KB]
+    assert measure.live_bytes([]) == [] and measure.lives(lambda: x.mul_(2)) == []
+
+
+def test_the_highest_of_the_live_bytes_is_the_peak():
+    model, x = nn.TransformerEncoderLayer(16, 2, 64, 0.0, batch_first=True), torch.randn(2, 9, 16)
+    for fn in (lambda: model(x), lambda: torch.autograd.grad(model(x).sum(), model.parameters())):
+        assert max(measure.live_bytes(measure.lives(fn))) == measure.peak(fn) > 0
+
+
+def test_the_profiler_of_torch_sees_the_same_peak_and_what_is_inside_kernels():
+    model, x = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).requires_grad_(False), torch.randn(500, 64)
+    assert measure.allocated(lambda: model(x)) == measure.peak(lambda: model(x)) == 4 * 500 * 512
+    assert measure.allocated(lambda: x.view(-1)) == 0
+    q = torch.randn(1, 1, 64, 8)
+    attend = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert measure.allocated(attend) > measure.peak(attend) == 4 * 64 * (8 + 1)
+
+
 def test_peak_sees_the_backward_pass():
     w = nn.Parameter(torch.ones(16, 16))
 

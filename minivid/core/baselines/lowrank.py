@@ -49,8 +49,8 @@ def rank_for(o: int, i: int, share: float | int) -> int:
     return min(int(share * o * i / (o + i) + 1e-9), o, i)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A plain layer of these numbers."""
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A plain layer of these numbers (copied)."""
     layer = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         layer.weight.copy_(weight)
@@ -89,7 +89,7 @@ class Factored(nn.Module):
 
     def merge(self) -> nn.Linear:
         """The plain layer that says the same; it is the smaller one once r (o + i) >= o i."""
-        return _linear(self.a @ self.b, self.bias)
+        return linear(self.a @ self.b, self.bias)
 
 
 def keep_largest(w: Float[Tensor, "*shape"], share: float | int) -> Bool[Tensor, "*shape"]:
