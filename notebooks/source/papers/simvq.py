@@ -30,7 +30,7 @@ from IPython.display import Markdown, display
 from minivid.claims import simvq as claim
 from minivid.core.baselines.vq import VQ, nearest
 from minivid.core.tokenizer import Tokenizer
-from minivid.lab import books, canvas, claims, play, plots, show
+from minivid.lab import books, canvas, claims, papers, play, plots, show
 from minivid.tokenizers.simvq import SimVQ, chase, reach
 from minivid.world.scores import psnr
 
