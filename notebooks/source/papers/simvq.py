@@ -290,7 +290,8 @@ show.claim(result | {"tests": [test for test in result["tests"] if test["name"] 
 # %%
 rows = ["| what was decided before the run | verdict |", "|---|---|"]
 rows += [f"| {test['claim']} | {test['verdict']} |" for test in result["tests"] if test["counts"]]
-Markdown("\n".join([f"**{result['verdict']}**, {len(result['seeds'])} seeds. " + claims.outcome("simvq"), "", *rows]))
+Markdown("\n".join([f"**{result['verdict']}**, {len(result['seeds'])} seeds. " + claims.outcome("simvq"), "", *rows, "",
+                    "Where we differ: " + papers.find("simvq").card().differs]))  # fmt: skip
 
 # %% [markdown]
 # **What the authors report** (ImageNet, 128 x 128, 65,536 codes): plain VQ uses 1.4 % of its codes and reaches 22.2 dB, SimVQ
