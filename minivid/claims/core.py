@@ -6,7 +6,11 @@ reads back what it drew; then one word of each caption is changed, with the same
 
 Outcome: the tokenizers reach their floors, but for `tok-f` on natural clips: 4 numbers for 48 leave no room for grass, and it
 has no neighbouring frames to borrow from, as `tok-v` has. The feature networks name shapes;
-`feat-b` sees velocities nearly as well as it should. GENERATOR
+`feat-b` sees velocities nearly as well as it should. The generator, after 1.4 million clips in a hundred minutes of two cores,
+does what captions with unknown combinations say: colours, directions, and a single changed word. Shapes come out right in 86
+of 100 bodies where 90 are asked for, and of two bodies both are right in every respect only half of the time; `tok-v` itself
+lets the judge read 97 of 100 shapes. Three quarters of the heads of `frames` do with one window, if what counts is the energy of
+what they say; of what varies in it, nearly half do. How all got here stands in docs/log.md.
 """
 
 import torch

@@ -16,12 +16,12 @@ at once, as is ordinary, "head by head" in a loop over heads; both also on the b
 Outcome: all that the paper says of memory is so. SVD leaves the peak where it was to the byte, because the thin products die
 before the hidden layer is activated; streaming takes 60.0 % off, 3 % above the memory model, with tiles of 64 (at 1,024
 tokens the tiles weigh more, and it is 57 %). But most of that needs neither streaming nor low rank: chunks of tokens take 44
-% off the dense block, and a loop over heads beside them 74 %, more than streaming does (72 % with the scratch memory of the
-fused attention, which the meter doesn't see); the feed-forward alone holds 2.6 M d streamed and 2.1 M d in chunks, since
-streaming keeps two strips at full length. The 60 % come from attention, where strips of rank R stand in place of q, k and v,
-and end where R is the width of a head. Feed-forward variant 1 costs no FLOPs, as promised; what the paper doesn't count is
-that keys and values are rebuilt for each block of queries, R / BM of attention's work: 23 % of the block. On a processor it
-is several times slower; the traffic that a GPU kernel saves can't be measured here.
+% off the dense block, and a loop over heads beside them 66 %, more than streaming does (63 % with the scratch memory of the
+fused attention, which the meter doesn't see), or 74 % on the low-rank block; the feed-forward alone holds 2.6 M d streamed and
+2.1 M d in chunks, since streaming keeps two strips at full length. The 60 % come from attention, where strips of rank R stand
+in place of q, k and v, and end where R is the width of a head. Feed-forward variant 1 costs no FLOPs, as promised; what the
+paper doesn't count is that keys and values are rebuilt for each block of queries, R / BM of attention's work: 23 % of the
+block. On a processor it is several times slower; the traffic that a GPU kernel saves can't be measured here.
 """
 
 from collections.abc import Callable

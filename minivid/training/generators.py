@@ -14,18 +14,21 @@ from ..core.tokenizer import Pix
 from .recipe import Recipe, pick
 
 
-def told(tokenizer: str, recipe: str, n: int, frames: int, batch: int, size: int = 32) -> Callable:
-    """Latents of n clips of a recipe with their short captions."""
+def told(tokenizer: str, recipes: dict[str, int], frames: int, batch: int, size: int = 32, natural: int = 0) -> Callable:
+    """Latents of so many clips of each recipe with their short captions, and of crops of the natural films without any."""
 
     def material(device):
         tok = weights.load(tokenizer, device)
-        name = f"{recipe}-{n}x{frames}x{size}"
-        data = corpus.latents(tok, name, corpus.clips(recipe, n, size, frames), device).to(device)
-        words = corpus.captions(recipe, n).to(device)
+        sets = {f"{r}-{n}x{frames}x{size}": corpus.clips(r, n, size, frames) for r, n in recipes.items()}
+        if natural:
+            sets[f"natural-{natural}x{frames}x{size}"] = corpus.natural(natural, size, frames)
+        data = torch.cat([corpus.latents(tok, name, clips, device) for name, clips in sets.items()]).to(device)
+        words = [corpus.captions(r, n) for r, n in recipes.items()] + [text.tokens([""]).expand(natural, -1)]
+        said = torch.cat(words).to(device)
 
         def batches(i):
-            rows = pick(i, n, batch, 7).to(device)
-            return data[rows].float(), words[rows]
+            rows = pick(i, len(data), batch, 7).to(device)
+            return data[rows].float(), said[rows]
 
         return batches
 
@@ -48,26 +51,6 @@ def windows(tokenizer: str, recipe: str, n: int, batch: int, lengths: tuple[int,
             rows = pick(i, n, batch * min(4, max(lengths) // f), 7).to(device)
             first = int(pick(i, 17 - f + 1, 1, 31))
             return data[rows, :, first : first + f].float(), said[rows]
-
-        return batches
-
-    return material
-
-
-def detailed(batch: int, recipes: dict[str, int], natural: int, size: int = 64, frames: int = 8) -> Callable:
-    """Latents of larger frames: clips of several recipes with their captions, and crops of the natural films without."""
-
-    def material(device):
-        tok = weights.load("tok-f", device)
-        sets = {f"{r}-{n}x{frames}x{size}": corpus.clips(r, n, size, frames) for r, n in recipes.items()}
-        sets[f"natural-{natural}x{frames}x{size}"] = corpus.natural(natural, size, frames)
-        data = torch.cat([corpus.latents(tok, name, clips, device) for name, clips in sets.items()]).to(device)
-        words = [corpus.captions(r, n) for r, n in recipes.items()] + [text.tokens([""]).expand(natural, -1)]
-        said = torch.cat(words).to(device)
-
-        def batches(i):
-            rows = pick(i, len(data), batch, 37).to(device)
-            return data[rows].float(), said[rows]
 
         return batches
 
@@ -162,15 +145,15 @@ def block_objective(model, batch, generator) -> dict[str, Tensor]:
 
 RECIPES = {
     "video": Recipe(
-        "video", dict(channels=10), told("tok-v", "base", 49152, 17, 32), generate_loss(3.0), 45000, 3e-3, 32, muon=1e-2
+        "video", dict(channels=10), told("tok-v", {"base": 49152}, 17, 32), generate_loss(3.0), 45000, 3e-3, 32, muon=1e-2
     ),
     "frames": Recipe(
         "video", dict(channels=4), windows("tok-f", "base", 49152, 32, (16, 8, 16, 1)), generate_loss(3.0), 12000, 3e-3, 32,
         muon=1e-2,
     ),
     "frames-64": Recipe(  # grounds with texture, and film, which `frames` never met
-        "video", dict(channels=4), detailed(16, {"base": 8192, "textured": 8192, "varied": 4096}, 8192), generate_loss(3.0), 4000,
-        1.5e-3, 16, muon=5e-3, start="frames",
+        "video", dict(channels=4), told("tok-f", {"base": 8192, "textured": 8192, "varied": 4096}, 8, 16, 64, natural=8192),
+        generate_loss(3.0), 4000, 1.5e-3, 16, muon=5e-3, start="frames",
     ),
     "block": Recipe(
         "video", dict(channels=4, block=4), chunked(32), block_objective, 8000, 2e-3, 32, muon=5e-3, start="frames"

@@ -48,8 +48,8 @@ model, tokenizer = weights.load("video"), weights.load("tok-v")
 # %% [markdown]
 # ## The picture first
 #
-# One caption, one noise, and 70 % of the numbers in the matrices of our generator's blocks, left out in three ways. First
-# the model watches itself on 96 noisy clips; two of the three ways use what they see.
+# One caption, one noise, and only 70 % of the numbers in the matrices of our generator's blocks, saved in three ways. First
+# the model watches itself on 96 noisy clips; two of the three ways use what it sees.
 
 # %%
 bench = claim.Bench.of(model, 99, fast=False, counts=(96, 8))
@@ -180,7 +180,8 @@ memory.timeline({way: running.lives(way) for way in names}, 1024, 128, "One bloc
 
 # %% tags=["nbval-ignore-output"]
 result = claims.read("modegpt")["arms"]
-titles = {"modegpt": "MoDeGPT", "whitened": "SVD, weighted", "svd": "SVD", "pruned": "pruned by size", "uniform": "MoDeGPT, even"}
+titles = {"modegpt": "MoDeGPT", "uniform": "MoDeGPT, even", "whitened": "SVD, weighted",
+          "whitened, shared out": "SVD, ranks shared out", "svd": "SVD", "pruned": "pruned by size"}  # fmt: skip
 curves = {}
 for way, title in titles.items():
     arms = [result[f"{way}, {share} %"]["values"] for share in (50, 70, 90) if f"{way}, {share} %" in result]

@@ -368,6 +368,15 @@ def test_a_looser_budget_never_costs_more():
         allocate(cost, [(size, 11)])
 
 
+def test_budgets_are_kept_in_any_unit():
+    """A budget that everybody's best option just fills is no budget, be it seconds or bit operations."""
+    cost, use = torch.rand(60, 3, generator=dice()).cumsum(1).flip(1), torch.rand(60, 1, generator=dice(1))
+    use = use * torch.tensor([2.0, 4, 8])
+    for unit in (1e-9, 1.0, 1e10):
+        every = (use * unit).double()
+        assert allocate(cost, [(every, every[:, 2].sum().item()), (every, every[:, 2].sum().item())]).tolist() == [2] * 60
+
+
 def net():
     torch.manual_seed(0)
     model, x, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(20, 3), torch.randn(20, 2)

@@ -7,6 +7,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import contracts
 from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,18 +44,14 @@ each = pytest.mark.parametrize("make", BOTTLENECKS.values(), ids=BOTTLENECKS)
 
 @each
 def test_the_contract_of_a_bottleneck(make):
-    """Shapes, places, codes in range; what comes out is what the stored codes stand for, to the bit; a gradient comes back."""
-    part, z = make().eval(), latent().requires_grad_(True)
-    out, codes, losses = part(z)
-    assert out.shape == z.shape and torch.equal(part.lookup(codes), out)
+    """The shared contract; besides: codes in range, each in its place of the latent's grid, no losses but the two known."""
+    contracts.bottleneck(make(), 4)
+    part, z = make().eval(), latent()
+    _, codes, losses = part(z)
     for (index, where), book in zip(codes, getattr(part, "stages", [part]), strict=True):
-        assert index.shape == z[:, 0].shape and 0 <= index.min() and index.max() < book.size
+        assert index.shape == z[:, 0].shape and index.max() < book.size
         assert where.grid == tuple(z.shape[2:]) and where.coords.shape == (1, 48, 3)
-    assert set(losses) <= {"commit", "codebook"} and all(v.ndim == 0 and v >= 0 for v in losses.values())
-    out.square().sum().backward()
-    assert z.grad.abs().sum() > 0
-    alone = part(z[:1].detach())[0]
-    assert torch.equal(alone, out[:1])
+    assert set(losses) <= {"commit", "codebook"}
 
 
 @each

@@ -170,11 +170,11 @@ def test_windows_have_their_lengths_and_their_captions(tmp_path, monkeypatch):
             assert any((clips[n][:, k : k + f] - row).abs().max() < 0.01 for n in same for k in range(18 - f))
 
 
-def test_detailed_has_clips_with_captions_and_films_without(tmp_path, monkeypatch):
+def test_told_has_clips_with_captions_and_films_without(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIVID_RUNS", str(tmp_path))
     pix = Pix(4)
     monkeypatch.setattr(weights, "load", lambda name, device: pix)
-    batches = generators.detailed(12, {"base": 3, "textured": 3}, 6, 64, 2)("cpu")
+    batches = generators.told("pix", {"base": 3, "textured": 3}, 2, 12, 64, natural=6)("cpu")
     latent, words = batches(0)
     assert latent.shape == (12, 48, 2, 16, 16) and words.shape == (12, 16)
     drawn = [scene for recipe in ("base", "textured") for scene in corpus.scenes(recipe, 3)]

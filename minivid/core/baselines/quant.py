@@ -290,7 +290,8 @@ def allocate(
     l, k = cost.shape
     flat = lambda t: t.detach().double().cpu().numpy().reshape(-1)
     rows = [LinearConstraint(np.kron(np.eye(l), np.ones(k)), 1, 1)]  # one option a layer
-    rows += [LinearConstraint(flat(use)[None], -np.inf, most) for use, most in limits]
+    unit = [max(float(use.abs().max()), 1e-300) for use, _ in limits]  # its tolerance is absolute: 1e-6 of a billion is noise
+    rows += [LinearConstraint(flat(use)[None] / u, -np.inf, most / u) for (use, most), u in zip(limits, unit, strict=True)]
     rows += [LinearConstraint(np.kron(np.eye(l)[a] - np.eye(l)[b], np.eye(k)), 0, 0) for a, b in ties]
     goal = flat(cost) / max(float(cost.abs().max()), 1e-300)  # the solver takes differences below 1e-6 for nothing
     found = milp(goal, integrality=np.ones(l * k), bounds=Bounds(0, 1), constraints=rows, options={"mip_rel_gap": 0})

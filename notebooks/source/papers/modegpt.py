@@ -166,14 +166,14 @@ def ranked(block):
 
 
 def hidden(block, removed):
-    (c, order), p, eye = ranked(block), mlps[block], torch.eye(384, dtype=torch.float64)
+    (c, order), p, eye = ranked(block), mlps[block], torch.eye(mlps[block].full, dtype=torch.float64)
     keep, down = order[: p.kept(removed / 100)], model.get_submodule(p.layers[-1]).weight.T.double()
     mixes = {"without the fit": eye[keep], "with": paper.nystroem(c, keep)}
     gap = lambda mix: eye - eye[:, keep] @ mix  # h - h[:, J] M
     errors = [f"{100 * claim.relative(gap(mix) @ down, down, c):.2g} % {name}" for name, mix in mixes.items()]
-    size, kept = c.diagonal().sqrt(), torch.zeros(384).index_fill(0, keep, 1)
+    size, kept = c.diagonal().sqrt(), torch.zeros(p.full).index_fill(0, keep, 1)
     alike, squares = (c / size / size[:, None]).abs(), {}
-    for name, some in (("in their order", torch.arange(0, 384, 6)), ("sorted by leverage", order[order % 6 == 0])):
+    for name, some in (("in their order", torch.arange(0, p.full, 6)), ("sorted by leverage", order[order % 6 == 0])):
         squares[name] = maps.square(alike[some][:, some], torch.outer(kept[some], kept[some]), 384)
     fact = f"{len(keep)} of {p.full} units stay. Error of what the block's feed-forward says: {', '.join(errors)}."
     return maps.head(f"block {block}: how alike are its hidden units?", squares, {}, {}, [fact])
@@ -229,7 +229,7 @@ def spared(log_epsilon):
     at = powers.index(round(2 * log_epsilon) / 2)
     curve = maps.curve(powers, rises, at, "log10 of epsilon", "rise of the loss")
     fact = f"The loss on unseen clips rises from {before:.3f} by {rises[at]:.3f}."
-    rows = [[bars(phi, "share removed", 0.8), curve], [bars(s, "influence")]]
+    rows = [[bars(phi, "share removed", paper.CAP), curve], [bars(s, "influence")]]
     return maps.page(f"epsilon = {10**log_epsilon:.2g}, 30 % of the matrices go", rows, [fact])
 
 
