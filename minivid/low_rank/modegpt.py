@@ -244,9 +244,7 @@ def allocate(s: Float[Tensor, "l"], average: float, epsilon: float, cap: float =
     return phi
 
 
-def plan(
-    model: nn.Module, pairs: Sequence[Pair], influence: dict[str, float], share: float, epsilon: float
-) -> dict[Pair, int]:
+def plan(model: nn.Module, pairs: Sequence[Pair], influence: dict[str, float], share: float, epsilon: float) -> dict[Pair, int]:
     """The widths with which the pairs keep at most this share of their weights.
 
     The same phi holds for all pairs of a block, with the least average that does it. Heads are coarse, so something is left

@@ -44,6 +44,7 @@ from minivid.quantization import dmmv
 from minivid.quantization.hawqv3 import dyadic, rescale
 from minivid.world.scores import psnr
 
+# %%
 _ = torch.set_num_threads(1)
 model, tokenizer = weights.load("video"), weights.load("tok-v")
 layers = {name: m for name, m in model.named_modules() if "blocks" in name and isinstance(m, torch.nn.Linear)}
@@ -117,6 +118,7 @@ def grids(shared, clip, bits):
     return plots.figure(draw, (7, 2.6), f"{bits} bits, a grid for {shared}, {clip} of its width", alt)
 
 
+# %%
 settled = [dict(shared="a row", clip=1.0, bits=3), dict(shared="a group of 32", clip=1.0, bits=3)]
 settled.append(dict(shared="a row", clip=0.7, bits=3))
 play.knobs(grids, settled=settled, shared=play.Choice(["a row", "a matrix", "a group of 32"]),
@@ -160,6 +162,7 @@ def rotated(x, w):
 remedies = {"nothing": nothing, "SmoothQuant": smoothed, "rotation": rotated}
 
 
+# %%
 def outlier(remedy, times, bits):
     c = torch.ones(x.shape[1]).index_fill(0, torch.tensor([40]), float(times))
     inside, weight = remedies[remedy](x * c, w / c)
@@ -178,6 +181,7 @@ def outlier(remedy, times, bits):
     return plots.figure(draw, (8.2, 2.5), told, f"Channel 40 times {times}, {told}.", (1, 2))
 
 
+# %%
 play.knobs(outlier, settled=[dict(remedy=remedy, times=30, bits=6) for remedy in remedies], remedy=play.Choice(list(remedies)),
            times=play.IntRange(1, 60, 30), bits=play.IntRange(3, 8, 6))  # fmt: skip
 
