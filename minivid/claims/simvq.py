@@ -1,9 +1,10 @@
 """SimVQ in a per-frame tokenizer of 0.25 M parameters on frames of 32 x 32: who keeps its codes, what are they worth, and why?
 
 All arms have the same network (vectors of 32 numbers on an 8 x 8 grid), batches (16 frames, 1,024 vectors) and steps; they
-differ in the bottleneck alone. Each has its best learning rate of 4e-3, 8e-3 and 1.6e-2, found with 1,024 codes, 500 steps and
-a seed that isn't used here: 4e-3 for running means with restart, 1.6e-2 for all others (3.2e-2 gives SimVQ nothing either). Half of
-the frames show the world, half the natural films; usage and PSNR are measured on 1,024 held-out frames (65,536 codes). The network begins at random and nothing
+differ in the bottleneck alone. Each has its best learning rate of 4e-3, 8e-3 and 1.6e-2, found with 1,024 codes, 500 steps and a
+seed that isn't used here: 4e-3 for running means with restart, 1.6e-2 for all others (3.2e-2, tried after the run, gives SimVQ
+nothing more and plain VQ half a dB, so plain VQ is too weak here if anything). Half of the frames show the world, half the
+natural films; usage and PSNR are measured on 1,024 held-out frames (65,536 codes). The network begins at random and nothing
 centres its features: the tokenizers of this package begin at principal components and lean towards unit variance, and the arms
 "centred" say what is left to cure there.
 
