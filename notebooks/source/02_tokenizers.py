@@ -67,6 +67,7 @@ def through(name, clip):
     return tokenizers[name].decode(latent), latent.numel()
 
 
+# %%
 titles, rows = [], []
 for kind, clip in clips.items():
     titles.append(f"{kind}: {clip[0].numel():,} numbers"), rows.append(clip[0])
@@ -194,6 +195,7 @@ def studied(name):
     return tok, index, count.argsort(descending=True, stable=True), count.sort(descending=True)[0]
 
 
+# %%
 def patches(index, code, most=24):
     """Up to `most` patches `k 3 12 12` around cells that this code stands for, spread over the frames."""
     places = (index == code).nonzero()
@@ -202,7 +204,6 @@ def patches(index, code, most=24):
     return torch.stack([wide[n, :, 4 * i : 4 * i + 12, 4 * j : 4 * j + 12] for n, i, j in places.tolist()])
 
 
-# %%
 def sheet(tiles, columns=8):
     """Tiles `k 3 h w` as one picture `h w 3` in [0, 1], three rows of `columns`; empty places are white."""
     page = torch.ones(3 * columns, 3, 14, 14)
@@ -210,6 +211,7 @@ def sheet(tiles, columns=8):
     return page.view(3, columns, 3, 14, 14).permute(0, 3, 1, 4, 2).reshape(3 * 14, columns * 14, 3).numpy()
 
 
+# %%
 def microscope(book, rank):
     tok, index, order, count = studied(book)
     alive, code = int((count > 0).sum()), order[rank - 1]
@@ -230,6 +232,7 @@ def microscope(book, rank):
     return plots.figure(draw, (8.2, 2.6), f"microscope {book} {rank}", alt, (1, 3))
 
 
+# %%
 settled = [{"book": "plain VQ, 1024", "rank": 1}, {"book": "SimVQ, 1024", "rank": 1}, {"book": "SimVQ, 1024", "rank": 60}]
 play.knobs(microscope, settled=settled, book=play.Choice(list(kinds)), rank=play.IntRange(1, 64, 1))
 

@@ -55,8 +55,8 @@ def cloud(far, arc=False, n=500):
 
 
 def walk(part, far=4, arc=False):
-    """Every twentieth of 500 steps, in which the codebook learns to follow the cloud."""
-    return [look for look in chase(part, cloud(far, arc), 500, lr=1e-2) if look.step % 20 == 0]
+    """Every twenty-fifth of 500 steps, in which the codebook learns to follow the cloud."""
+    return [look for look in chase(part, cloud(far, arc), 500, lr=1e-2) if look.step % 25 == 0]
 
 
 books.picture({"plain VQ": walk(VQ(64, 2)), "SimVQ": walk(SimVQ(64, 2))}, film=True)
@@ -172,11 +172,11 @@ def walks(codes, distance, arc):
 
 
 def render(codes, distance, arc, step):
-    return books.picture(walks(codes, distance, arc), step // 20)
+    return books.picture(walks(codes, distance, arc), step // 25)
 
 
 knobs = {"codes": play.Choice([64, 16, 256]), "distance": play.IntRange(0, 8, 4), "arc": play.Toggle()}
-knobs["step"] = play.IntRange(0, 500, 500, 20)
+knobs["step"] = play.IntRange(0, 500, 500, 25)
 settled = [(64, 0, False, 500), (64, 4, False, 200), (64, 4, True, 500)]
 play.knobs(render, settled=[dict(zip(knobs, values, strict=True)) for values in settled], **knobs)
 
