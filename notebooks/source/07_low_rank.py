@@ -174,8 +174,8 @@ for group in (1, 2, 4, 8):
 show.bars(missed, "error of what fc2 says, %", "A dense times a sparse matrix", digits=2)
 
 # %% [markdown]
-# And the places can be learnt with the task, by a gradient that goes straight through the choice of the largest
-# ([DSFormer](papers/dsformer.ipynb)).
+# The paper learns the places too, with the task, by a gradient that goes straight through the choice of the largest. Here
+# that brings next to nothing: [DSFormer](papers/dsformer.ipynb).
 #
 # ## Less memory? Look who holds it
 #

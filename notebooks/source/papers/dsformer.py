@@ -27,13 +27,14 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from IPython.display import Markdown
 from PIL import Image
 
 from minivid.claims import dsformer as claim
 from minivid.core import sample
 from minivid.core.baselines.lowrank import Factored, rank_for, svd
 from minivid.core.surgery import swap
-from minivid.lab import canvas, claims, maps, play, plots, show
+from minivid.lab import canvas, claims, maps, papers, play, plots, show
 from minivid.low_rank import dsformer as paper
 from minivid.low_rank.dsformer import DenseSparse, Pattern
 from minivid.world.scores import psnr
@@ -335,12 +336,16 @@ values = {f"{title}{', weighed' if weighed else ''}":
           for weighed in (False, True) for arm, title in half.items()}  # fmt: skip
 show.bars(values, "error of a feed-forward's matrix, %", "Half of the storage, nothing tuned", digits=2)
 
+# %% tags=["nbval-ignore-output"]
+ways = {"D S": "shadow, 50 %", "low rank": "low rank, 50 %", "2 of 4 numbers (56 %)": "pruned, 50 %"}
+values = {name: result["arms"][arm]["values"]["rise"] for name, arm in ways.items()}
+show.bars(values, "rise of the loss (a dot a draw)", "What half of the bits costs after tuning", digits=2)
+
 # %%
-for test in filter(lambda test: test["counts"], result["tests"]):
-    print(f"{test['verdict']:15} {test['name']}")
-print("In all:", result["verdict"])
-print(claims.outcome("dsformer"))
-print("Where we differ:", paper.__doc__.split("Differs:")[1].split("\n\n")[0].strip())
+rows = ["| what was decided before the run | verdict |", "|---|---|"]
+rows += [f"| {test['claim']} | {test['verdict']} |" for test in result["tests"] if test["counts"]]
+Markdown("\n".join([f"**{result['verdict']}**, {len(result['seeds'])} draws. " + claims.outcome("dsformer"), "", *rows, "",
+                    "Where we differ: " + papers.find("dsformer").card().differs]))  # fmt: skip
 
 # %% [markdown]
 # The authors report up to 40 % better compression than the best low-rank factorisers on language understanding, and up to 50 %
