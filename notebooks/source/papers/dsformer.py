@@ -45,15 +45,15 @@ _ = torch.set_num_threads(1)
 # ## The picture first
 #
 # The model watches 96 noisy clips, so that both ways may mind what really enters a matrix. Then the twelve matrices of its
-# feed-forwards are stored in a third of their bits, by low rank and as $D\,S$. Nothing is trained yet.
+# feed-forwards are stored in half of their bits, by low rank and as $D\,S$. Nothing is trained yet.
 
 # %%
 model, names = claim.dense(), [name for name in claim.layers(False) if name.endswith(("fc1", "fc2"))]
 latent, words = claim.clips(99, 96, "train")
 calls = [call for call, _ in claim.noisy(latent, words, 99)]
 grams, full = paper.inputs(model, names, calls), {name: model.get_submodule(name) for name in names}
-thin = {name: Factored.of(x, rank_for(*x.weight.shape, 1 / 3), grams[name]) for name, x in full.items()}
-mixed = {name: paper.choose(x, 1 / 3, grams[name], (4,)) for name, x in full.items()}
+thin = {name: Factored.of(x, rank_for(*x.weight.shape, 1 / 2), grams[name]) for name, x in full.items()}
+mixed = {name: paper.choose(x, 1 / 2, grams[name], (4,)) for name, x in full.items()}
 
 # %% tags=["nbval-ignore-output"]
 caption = "a red circle moves right"
@@ -176,13 +176,13 @@ play.knobs(render, settled=settled, **knobs)
 # **Predict:** is the gain larger where $X$ meets $D$ (`fc1`, wide) or where it meets $S$ (`fc2`, high)?
 
 # %% tags=["nbval-ignore-output"]
-gains, third = {}, {"D S": mixed, "low rank": thin}
+gains, half = {}, {"D S": mixed, "low rank": thin}
 for last in ("fc1", "fc2"):
-    for way, new in third.items():
+    for way, new in half.items():
         mine = [name for name in names if name.endswith(last)]
         merged = {name: new[name].merge().weight for name in mine}
         gains[f"{last}: {way}"] = [100 * paper.error(full[name], merged[name], grams[name]) ** 0.5 for name in mine]
-show.bars(gains, "error of the outputs, % (a dot a block)", "A third of the storage, inputs weighed", digits=2)
+show.bars(gains, "error of the outputs, % (a dot a block)", "Half of the storage, inputs weighed", digits=2)
 
 # %% [markdown]
 # What enters `fc1` fills few directions, which suits low rank. What enters `fc2` are hidden units, which fill many; there $D\,S$
@@ -330,10 +330,10 @@ values = {name: result["arms"][arm]["values"]["rise"] for name, arm in ways.item
 show.bars(values, "rise of the loss (a dot a draw)", "What two thirds less cost after tuning", digits=2)
 
 # %% tags=["nbval-ignore-output"]
-half = {"matrices: svd": "low rank", "matrices: grouped": "D S, one a group", "matrices: free": "D S, anywhere"}
+kinds = {"matrices: svd": "low rank", "matrices: grouped": "D S, one a group", "matrices: free": "D S, anywhere"}
 values = {f"{title}{', weighed' if weighed else ''}":
           [100 * x for x in result["arms"][f"{arm}, 16 bits{', weighted' if weighed else ''}"]["values"]["mlp"]]
-          for weighed in (False, True) for arm, title in half.items()}  # fmt: skip
+          for weighed in (False, True) for arm, title in kinds.items()}  # fmt: skip
 show.bars(values, "error of a feed-forward's matrix, %", "Half of the storage, nothing tuned", digits=2)
 
 # %% tags=["nbval-ignore-output"]
