@@ -171,7 +171,8 @@ def fit(
         load(state, path, note)
     device = next((p.device for m in state.parts.values() if isinstance(m, nn.Module) for p in m.parameters()), "cpu")
     log: list[dict] = []
-    bar = tqdm(range(state.i, n), initial=state.i, total=n, mininterval=2, disable=not first() or n < 50)
+    quiet = not first() or n < 50 or "TQDM_DISABLE" in os.environ  # which tqdm itself does not heed in a notebook
+    bar = tqdm(range(state.i, n), initial=state.i, total=n, mininterval=2, disable=quiet)
     for i in bar:
         generator = draws(seed, i, device)
         losses = step(state, _cut(batches(i), generator), generator)

@@ -26,7 +26,7 @@ from minivid.lab.canvas import DENSITY, INK, PAPER, TEXT, WIDTH, Picture, few_co
 from minivid.lab.plots import attention as attention_picture
 
 Number = float | int
-LARGE = 4_000_000  # drawn pixels of a page of stills from which on 128 colours must do
+LARGE = 3_000_000  # drawn pixels of a page of stills from which on 128 colours must do
 
 
 @dataclass(frozen=True)

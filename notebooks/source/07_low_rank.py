@@ -39,7 +39,7 @@ from minivid.core import noise, sample, text, weights
 from minivid.core.baselines.lowrank import rank_for
 from minivid.core.model import Cond
 from minivid.lab import claims, measure, memory, papers, play, plots, show
-from minivid.low_rank import modegpt
+from minivid.low_rank import dsformer, modegpt
 from minivid.world.scores import psnr
 
 _ = torch.set_num_threads(1)
@@ -158,6 +158,25 @@ play.knobs(
 # break-even, no further matrices. What stands between them (an activation, a rotation, nothing) decides how what stays can
 # speak for what goes: [MoDeGPT](papers/modegpt.ipynb).
 #
+# ## Thin times sparse
+#
+# Both factors of an SVD are dense, and all columns of the matrix share one small space. Let the second factor be wide and
+# sparse instead: each column takes a few directions of many, others each, and an address is only a few bits. A feed-forward's
+# matrix of block 3 in half of its bits (addresses included), without training; groups of one are the SVD:
+
+# %% tags=["nbval-ignore-output"]
+wide, missed = bench.layers["trunk.blocks.3.fc2"], {}
+gram = grams["trunk.blocks.3.fc2"]
+for group in (1, 2, 4, 8):
+    new = dsformer.choose(wide, 0.5, gram, (group,))
+    title = "SVD, weighted" if group == 1 else f"{new.pattern.k} of {new.pattern.r} directions"
+    missed[title] = 100 * dsformer.error(wide, new.merge().weight, gram) ** 0.5
+show.bars(missed, "error of what fc2 says, %", "A dense times a sparse matrix", digits=2)
+
+# %% [markdown]
+# The paper learns the places too, with the task, by a gradient that goes straight through the choice of the largest. Here
+# that brings next to nothing: [DSFormer](papers/dsformer.ipynb).
+#
 # ## Less memory? Look who holds it
 #
 # Fewer weights are a smaller file. But while the model runs, what counts is the largest pile of activations that are alive
@@ -204,5 +223,6 @@ Markdown(papers.listed(asks))
 # ## Where next
 #
 # * [MoDeGPT](papers/modegpt.ipynb): three decompositions, one for each thing that can stand between two matrices.
+# * [DSFormer](papers/dsformer.ipynb): a dense matrix times a sparse one, whose places are learnt.
 # * [FlashSVD](papers/flashsvd.ipynb): memory, measured while it runs.
 # * [00 · Start](00_start.ipynb): the model that was cut here.

@@ -1,0 +1,1 @@
+"""How few numbers can a clip be?"""
