@@ -26,6 +26,7 @@ import itertools
 from statistics import fmean
 
 import torch
+from IPython.display import Markdown
 from torch import nn
 
 from minivid import world
@@ -33,7 +34,7 @@ from minivid.core import corpus, noise, sample, text, weights
 from minivid.core.baselines.quant import dequantise, minmax, search
 from minivid.core.model import Cond
 from minivid.core.surgery import parts, record
-from minivid.lab import canvas, claims, play, plots, show
+from minivid.lab import canvas, claims, papers, play, plots, show
 from minivid.quantization import vq4dit as paper
 from minivid.quantization.vq4dit import Settings
 
@@ -408,9 +409,6 @@ print("loss of the float model:", sum(paper.block_loss(layer, pair, ["0"]).item(
 # 2.12, 2.25 and 2.5, with steps and offsets.
 
 # %% tags=["nbval-ignore-output"]
-for test in filter(lambda test: test["counts"], result["tests"]):
-    print(f"{test['verdict']:15} {test['name']}")
-print("In all:", result["verdict"])
 arms = ("rounded, 2.25 bits", "gptq, 2.12 bits", "gptq, 2.25 bits", "gptq, 2.5 bits", "gptq, tuned", "k-means alone", "n = 1",
         "n = 1, taken anew", "n = 3", "as written", "real data", "vq, a book a role", "vq")  # fmt: skip
 named = {f"{arm} (n = 2)" if arm == "vq" else arm: value(arm, "error") for arm in arms}
@@ -428,8 +426,10 @@ curves = {kind: tuple(zip(*map(point, some_arms), strict=True)) for kind, some_a
 show.lines(curves, "bits a weight, codebooks and grids counted", "relative output error", "Codewords against grids", log="y")
 
 # %%
-print(claims.outcome("vq4dit"))
-print("Where we differ:", paper.__doc__.split("Differs:")[1].split("\n\n")[0].strip())
+rows = ["| what was decided before the run | verdict |", "|---|---|"]
+rows += [f"| {test['claim']} | {test['verdict']} |" for test in result["tests"] if test["counts"]]
+Markdown("\n".join([f"**{result['verdict']}**, {len(result['seeds'])} seeds. " + claims.outcome("vq4dit"), "", *rows, "",
+                    "Where we differ: " + papers.find("vq4dit").card().differs]))  # fmt: skip
 
 # %% [markdown]
 # The authors report for DiT-XL/2 at 2 bits an FID of 12.4 on 256 x 256 pictures, where GPTQ and others exceed 300, and 2,553 MB
