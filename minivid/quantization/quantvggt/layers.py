@@ -8,6 +8,7 @@ layers that read the same tensor.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...core.baselines.quant import QuantisedLinear, Steps, around, dequantise, fake_quantise, hadamard, quantise, smoothing
+from ...core.baselines.quant import QuantisedLinear, Steps, around, fake_quantise, hadamard, quantise, smoothing
 from ...core.model import Block
 from ...core.surgery import record, swap
 
@@ -57,8 +58,12 @@ class Rotation(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         if x is not self.last[0]:
-            self.last = x, hadamard(x * self.signs)
+            self.last = x, self.once(x)
         return self.last[1]
+
+    def once(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """The same, without a thought for who else may ask."""
+        return hadamard(x * self.signs)
 
 
 def rotations(model: nn.Module, names: Iterable[str], batch: Tensor, seed: int) -> dict[str, Rotation]:
@@ -96,7 +101,7 @@ class _Watch:
         self.turn, self.clips, self.found = turn, clips, []
 
     def add(self, x: Float[Tensor, "*n d"]) -> None:
-        x = (x if self.turn is None else self.turn(x)).unflatten(0, (-1, self.clips) if False else (self.clips, -1))
+        x = (x if self.turn is None else self.turn(x)).unflatten(0, (self.clips, -1))
         self.found.append((x.abs().amax(2).mean(1), x.amin((1, 2)), x.amax((1, 2))))
 
 
@@ -111,30 +116,37 @@ def observe(model: nn.Module, clips: Tensor, order: tuple[str, ...], turns: Mapp
 
 
 class Dual(nn.Module):
-    """A linear layer in few bits. s and the clips g are parameters, the rotation and the layer's own weight are not.
+    """A linear layer in few bits. s and the clips g are parameters; its rotation and its own weight stay.
 
-    With the clips at infinity and no steps it is plain rounding to the largest size (RTN).
+    Without steps and clips it is plain rounding to the largest size (RTN).
     """
 
     def __init__(self, linear: nn.Linear, how: How, turn: Rotation, seen: Seen):
         super().__init__()
         self.how, self.turn, self.bias = how, turn, linear.bias
-        self.register_buffer("weight", linear.weight.detach())
-        self.s = None
-        if "smooth" in how.order:
-            w = self.weight if how.order[0] == "smooth" else turn(self.weight)  # of the rotated weight, as inputs are rotated
-            self.s = nn.Parameter(smoothing(peaks(seen.peak), w.abs().amax(0), how.alpha))
-        self.g_w = nn.Parameter(torch.full((len(self.weight), 1), OPEN)) if how.clip else None
-        self.g_x = nn.Parameter(torch.full((2,), OPEN)) if how.clip else None
-        s = 1 if self.s is None else self.s.detach()
-        self.register_buffer("span", torch.stack([(seen.low / s).min(), (seen.high / s).max()]) if how.static else None)
+        first = how.order[:1] == ("rotate",)
+        self.register_buffer("weight", turn.once(linear.weight.detach()) if first else linear.weight.detach())
+        self.s = self.g_w = self.g_x = self.span = self.rounded = None
+        if "smooth" in how.order:  # the weight's maxima after the same rotation as the inputs'
+            self.s = nn.Parameter(smoothing(peaks(seen.peak), self.weight.abs().amax(0), how.alpha))
+        if how.clip:
+            self.g_w, self.g_x = nn.Parameter(torch.full((len(self.weight), 1), OPEN)), nn.Parameter(torch.full((2,), OPEN))
+        if how.static:
+            s = 1 if self.s is None else self.s.detach()
+            self.span = torch.stack([(seen.low / s).min(), (seen.high / s).max()])
 
-    def moved(self, x: Float[Tensor, "*n d"], weight: bool = False) -> Float[Tensor, "*n d"]:
-        """Inputs, or rows of the weight, after the steps."""
+    def moved(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Inputs after the steps: X R / s, or in another order."""
         for step in self.how.order:
-            s = 1 if self.s is None else self.s.clamp(min=1e-5)
-            x = self.turn(x) if step == "rotate" else x * s if weight else x / s
+            x = self.turn(x) if step == "rotate" else x / self.s.clamp(min=1e-5)
         return x
+
+    def moved_weight(self) -> Float[Tensor, "o i"]:
+        """The weight after the steps: W R s. A rotation that comes first was done when the layer was made."""
+        w = self.weight
+        for step in self.how.order[self.how.order[:1] == ("rotate",) :]:
+            w = self.turn.once(w) if step == "rotate" else w * self.s.clamp(min=1e-5)
+        return w
 
     def rows(self, w: Float[Tensor, "o i"]) -> Steps:
         """The grid of each row of the moved weight."""
@@ -142,8 +154,8 @@ class Dual(nn.Module):
         return around(most if self.g_w is None else most * self.g_w.sigmoid(), self.how.bits[0])
 
     def tokens(self, x: Float[Tensor, "*n i"]) -> Steps:
-        """The grid of each token of the moved inputs, or of all."""
-        low, high = self.span if self.span is not None else (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
+        """The grid of each token of the moved inputs; or, static, of all."""
+        low, high = (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)) if self.span is None else self.span
         if self.g_x is not None:
             low, high = low * self.g_x[0].sigmoid(), high * self.g_x[1].sigmoid()
         return around(torch.maximum(-low, high), self.how.bits[1])
@@ -154,34 +166,26 @@ class Dual(nn.Module):
         return fake_quantise(x, self.tokens(x))
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        w = self.moved(self.weight, True)
-        return F.linear(self.inputs(x), fake_quantise(w, self.rows(w)), self.bias)
+        w = self.rounded
+        if w is None:
+            w = self.moved_weight()
+            w = fake_quantise(w, self.rows(w))
+        return F.linear(self.inputs(x), w, self.bias)
 
     @torch.no_grad()
-    def folded(self) -> "Folded":
+    def folded(self) -> "Dual":
         """The layer as it runs: its weight moved, clipped and rounded once and for all."""
-        w = self.moved(self.weight, True)
-        s = self.rows(w).stored()
-        return Folded(quantise(w, s), s, self)
+        new = copy.deepcopy(self, {id(self.turn): self.turn}).requires_grad_(False)
+        w = self.moved_weight()
+        new.rounded = fake_quantise(w, self.rows(w))
+        return new
 
     @torch.no_grad()
     def packed(self) -> QuantisedLinear:
-        """The same with its codes in packed bytes (8 bits at most)."""
-        w = self.moved(self.weight, True)
+        """The same as codes in packed bytes with fp16 steps; 8 bits at most."""
+        w = self.moved_weight()
         s = self.rows(w).stored()
-        return QuantisedLinear(quantise(w, s), s, self.bias, self.inputs)
-
-
-class Folded(nn.Module):
-    """Moves and rounds its inputs, then multiplies by a weight that is rounded already."""
-
-    def __init__(self, codes: Tensor, s: Steps, dual: Dual):
-        super().__init__()
-        self.inputs, self.bias = copy.copy(dual).requires_grad_(False).inputs, dual.bias
-        self.register_buffer("weight", dequantise(codes, s))
-
-    def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        return F.linear(self.inputs(x), self.weight, self.bias)
+        return QuantisedLinear(quantise(w, s), s, self.bias, self.folded().inputs)
 
 
 def peaks(peak: Float[Tensor, "b d"], batch: int = 1, keep: float = 0.95) -> Float[Tensor, "d"]:
@@ -229,17 +233,42 @@ def calibrate(
 
 def _calibrate(block: nn.Module, calls: list, epochs: int) -> tuple[float, float]:
     duals = [m for m in block.modules() if isinstance(m, Dual)]
-    error = lambda args, out: F.mse_loss(block(*args), out)
-    groups = [{"params": [m.s for m in duals if m.s is not None], "lr": 1e-3},
-              {"params": [g for m in duals for g in (m.g_w, m.g_x) if g is not None], "lr": 1e-2}]
-    groups = [group for group in groups if group["params"]]
+    groups = [([m.s for m in duals if m.s is not None], 1e-3), ([g for m in duals for g in (m.g_w, m.g_x) if g is not None], 1e-2)]
+    learnt = [p for group, _ in groups for p in group]
+    error = lambda call: F.mse_loss(block(*call[0]), call[1])
+    whole = lambda: sum(error(call).item() for call in calls) / len(calls)
     with torch.no_grad():
-        before = sum(error(*call).item() for call in calls) / len(calls)
-    if not groups:
+        before = whole()
+    if not learnt:
         return before, before
-    start = [p.detach().clone() for group in groups for p in group["params"]]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0)
+    start = [p.detach().clone() for p in learnt]
+    optimiser = torch.optim.AdamW([{"params": group, "lr": lr} for group, lr in groups if group], weight_decay=0)
     n = epochs * len(calls)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n)
-    ...
-    return before, before
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 0.001 + 0.999 * (1 + math.cos(math.pi * i / n)) / 2)
+    for i in range(n):
+        optimiser.zero_grad()
+        error(calls[i % len(calls)]).backward()
+        optimiser.step(), schedule.step()
+    with torch.no_grad():
+        after = whole()
+        if after > before:
+            for p, old in zip(learnt, start, strict=True):
+                p.copy_(old)
+    return before, min(after, before)
+
+
+def outliers(model: nn.Module, seed: int, channels: int = 4, by: float = 20.0) -> nn.Module:
+    """A copy that says the same, with outliers put in: random channels of what a norm says times `by`, of weights through it.
+
+    In our blocks a norm's scale and shift are rows of `table`: 0 and 1 before attention, 3 and 4 before the feed-forward.
+    """
+    model, dice = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for block in (m for m in model.modules() if isinstance(m, Block)):
+        readers = (block.attention.q, block.attention.k, block.attention.v), (block.fc1,)
+        for shift, layers in zip((0, 3), readers, strict=True):
+            rows = torch.randperm(block.table.shape[1], generator=dice)[:channels]
+            block.table.data[shift, rows] *= by
+            block.table.data[shift + 1, rows] = (1 + block.table.data[shift + 1, rows]) * by - 1
+            for layer in layers:
+                layer.weight.data[:, rows] /= by
+    return model

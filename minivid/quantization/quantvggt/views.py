@@ -36,7 +36,7 @@ class Geometry(NamedTuple):
 
 
 class Views(nn.Module):
-    """`model(clip) -> Geometry` for clips `b 3 f h w` with sides divisible by 8. Blocks lie in `frame` and `every`."""
+    """`model(clip) -> Geometry` for clips `b 3 f h w` of 32 x 32 pixels. Blocks lie in `frame` and `every`."""
 
     def __init__(self, d: int = 96, pairs: int = 3, heads: int = 4):
         super().__init__()
@@ -54,6 +54,8 @@ class Views(nn.Module):
 
     def forward(self, clip: Float[Tensor, "b 3 f h w"]) -> Geometry:
         b, _, f, h, w = clip.shape
+        if (h, w) != (32, 32):  # `place` is learnt for these 16 patches
+            raise ValueError(f"this model takes clips 'b 3 f h w' of 32 x 32 pixels, got {tuple(clip.shape)}")
         patches = rearrange(self.embed(rearrange(clip, "b c f h w -> (b f) c h w")), "n d h w -> n (h w) d") + self.place
         special = self.special[[0] + [1] * (f - 1)].repeat(b, 1, 1)
         x = torch.cat([special, patches], 1)
@@ -91,7 +93,7 @@ def _at_rest(scene: world.Scene, i: int) -> world.Scene:
     bodies = tuple(replace(body, motion="still", legs=(stop(body.legs[0]),)) for body in scene.bodies)
     word, rate = LENSES[i % len(LENSES)], 0.6 + 0.8 * math.modf(0.618 * i)[0]
     dx, dy = (0.014 * rate * way for way in DIRECTIONS.get(word, (0, 0)))
-    return replace(scene, bodies=bodies, camera=Camera(word, dx, dy, shake=0.05 * (word == "shake"), phase=i))
+    return replace(scene, bodies=bodies, camera=Camera(word, dx, dy, shake=0.05 * (word == "shake"), phase=float(i)))
 
 
 def examples(scenes: Sequence[world.Scene], size: int = 32) -> tuple[Float[Tensor, "b 3 f h w"], Geometry]:
