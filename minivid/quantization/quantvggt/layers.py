@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...core.baselines.quant import QuantisedLinear, Steps, around, fake_quantise, hadamard, quantise, smoothing
 from ...core.model import Block
 from ...core.surgery import record, swap
+from .samples import Each
 
 PAPER = ("rotate", "smooth")
 OPEN = 4.0  # where clipping begins: sigmoid(4) = 0.982 of the range
@@ -75,7 +76,7 @@ def rotations(model: nn.Module, names: Iterable[str], batch: Tensor, seed: int) 
         model(batch)
     for hook in hooks:
         hook.remove()
-    for name, x in read.items():
+    for x in read.values():
         if id(x) not in made:
             made[id(x)] = Rotation(torch.randint(0, 2, x.shape[-1:], generator=dice) * 2.0 - 1)
     return {name: made[id(x)] for name, x in read.items()}
@@ -96,19 +97,13 @@ class Seen(NamedTuple):
         return Seen(*(x[rows] for x in self))
 
 
-class _Watch:
-    def __init__(self, turn: Rotation | None, clips: int):
-        self.turn, self.clips, self.found = turn, clips, []
-
-    def add(self, x: Float[Tensor, "*n d"]) -> None:
-        x = (x if self.turn is None else self.turn(x)).unflatten(0, (self.clips, -1))
-        self.found.append((x.abs().amax(2).mean(1), x.amin((1, 2)), x.amax((1, 2))))
-
-
-def observe(model: nn.Module, clips: Tensor, order: tuple[str, ...], turns: Mapping[str, Rotation], batch: int = 4) -> dict[str, Seen]:
+def observe(
+    model: nn.Module, clips: Tensor, order: tuple[str, ...], turns: Mapping[str, Rotation], batch: int = 4
+) -> dict[str, Seen]:
     """What the layers get on the clips `b ...`, rotated already where `order` begins with that."""
-    first = order[:1] == ("rotate",)
-    watch = {name: _Watch(turn if first else None, batch) for name, turn in turns.items()}
+    ends = lambda x: (x.abs().amax(2).mean(1), x.amin((1, 2)), x.amax((1, 2)))
+    first = lambda turn: (lambda x: ends(turn(x))) if order[:1] == ("rotate",) else ends
+    watch = {name: Each(first(turn), batch) for name, turn in turns.items()}
     if len(clips) % batch:
         raise ValueError(f"{len(clips)} clips don't make batches of {batch}")
     record(model, clips.split(batch), watch)
@@ -143,7 +138,7 @@ class Dual(nn.Module):
 
     def moved_weight(self) -> Float[Tensor, "o i"]:
         """The weight after the steps: W R s. A rotation that comes first was done when the layer was made."""
-        w = self.weight
+        w: Tensor = self.weight
         for step in self.how.order[self.how.order[:1] == ("rotate",) :]:
             w = self.turn.once(w) if step == "rotate" else w * self.s.clamp(min=1e-5)
         return w
@@ -233,7 +228,8 @@ def calibrate(
 
 def _calibrate(block: nn.Module, calls: list, epochs: int) -> tuple[float, float]:
     duals = [m for m in block.modules() if isinstance(m, Dual)]
-    groups = [([m.s for m in duals if m.s is not None], 1e-3), ([g for m in duals for g in (m.g_w, m.g_x) if g is not None], 1e-2)]
+    smooth, clips = [m.s for m in duals if m.s is not None], [g for m in duals for g in (m.g_w, m.g_x) if g is not None]
+    groups = [(smooth, 1e-3), (clips, 1e-2)]
     learnt = [p for group, _ in groups for p in group]
     error = lambda call: F.mse_loss(block(*call[0]), call[1])
     whole = lambda: sum(error(call).item() for call in calls) / len(calls)
@@ -242,7 +238,7 @@ def _calibrate(block: nn.Module, calls: list, epochs: int) -> tuple[float, float
     if not learnt:
         return before, before
     start = [p.detach().clone() for p in learnt]
-    optimiser = torch.optim.AdamW([{"params": group, "lr": lr} for group, lr in groups if group], weight_decay=0)
+    optimiser = torch.optim.AdamW([{"params": group, "lr": lr} for group, lr in groups if group], weight_decay=0, fused=True)
     n = epochs * len(calls)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 0.001 + 0.999 * (1 + math.cos(math.pi * i / n)) / 2)
     for i in range(n):

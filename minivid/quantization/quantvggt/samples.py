@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ...core.surgery import record
 
 
-class _Each:
-    """Keeps a function of what a part gets or says, for each clip."""
+class Each:
+    """For `record`: keeps a function of what a part gets or says, `clips tokens... d`, whether or not its frames lie apart."""
 
     def __init__(self, of, clips: int):
         self.of, self.clips, self.found = of, clips, []
@@ -30,7 +30,7 @@ def deep(
     """Mean and standard deviation of what each of the deep blocks gets, and the `similarity` of what the last one says."""
     stats = lambda x: torch.stack([x.flatten(1).mean(1), x.flatten(1).std(1)], -1)
     views = lambda x: similarity(x.reshape(len(x), frames, -1, x.shape[-1]))
-    watch, end = {name: _Each(stats, batch) for name in blocks}, _Each(views, batch)
+    watch, end = {name: Each(stats, batch) for name in blocks}, Each(views, batch)
     record(model, clips.split(batch), watch, {last: end})
     return torch.stack([torch.cat(one.found) for one in watch.values()], 1), torch.cat(end.found)
 

@@ -28,8 +28,8 @@ FRAMES = tuple(range(0, 16, 3))  # six views, far enough apart to see the camera
 
 
 class Geometry(NamedTuple):
-    """Of each frame: how far the camera has moved since the first (in pixels), and for each cell of 2 x 2 pixels a logit that something
-    stands there in front of the ground."""
+    """Of each frame: how far the camera has moved since the first (in pixels), and for each cell of 2 x 2 pixels a logit that
+    something stands there in front of the ground."""
 
     camera: Float[Tensor, "b f xy"]
     nearer: Float[Tensor, "b f h w"]
@@ -40,7 +40,8 @@ class Views(nn.Module):
 
     def __init__(self, d: int = 96, pairs: int = 3, heads: int = 4):
         super().__init__()
-        self.embed = nn.Sequential(nn.Conv2d(3, 32, 4, 2, 1), nn.GELU(), nn.Conv2d(32, 64, 4, 2, 1), nn.GELU(), nn.Conv2d(64, d, 2, 2))
+        layers = nn.Conv2d(3, 32, 4, 2, 1), nn.GELU(), nn.Conv2d(32, 64, 4, 2, 1), nn.GELU(), nn.Conv2d(64, d, 2, 2)
+        self.embed = nn.Sequential(*layers)
         self.special, self.place = nn.Parameter(torch.randn(2, SPECIAL, d) * 0.1), nn.Parameter(torch.randn(16, d) * 0.1)
         self.frame, self.every = (nn.ModuleList(Block(d, heads, ratio=2, text=False) for _ in range(pairs)) for _ in range(2))
         for block in (*self.frame, *self.every):
@@ -62,7 +63,8 @@ class Views(nn.Module):
         one, every = places(h // 8, w // 8, 1, x.device), places(h // 8, w // 8, f, x.device)
         for inside, across in zip(self.frame, self.every, strict=True):
             x = inside(x, Context(one))
-            x = rearrange(across(rearrange(x, "(b f) n d -> b (f n) d", f=f), Context(every)), "b (f n) d -> (b f) n d", f=f)
+            x = across(rearrange(x, "(b f) n d -> b (f n) d", f=f), Context(every))
+            x = rearrange(x, "b (f n) d -> (b f) n d", f=f)
         x = self.norm(x)
         cells = rearrange(self.near(x[:, SPECIAL:]), "(b f) (h w) (p q) -> b f (h p) (w q)", b=b, h=h // 8, p=4)
         return Geometry(rearrange(self.camera(x[:, 0]), "(b f) k -> b f k", b=b), cells)
@@ -124,7 +126,8 @@ def train(clips: Tensor, true: Geometry, steps: int, seed: int, batch: int = 16,
     """A model of its own, by Muon for the blocks' matrices and AdamW for the rest."""
     torch.manual_seed(seed)
     model, dice = Views(), torch.Generator().manual_seed(seed)
-    matrices = [p for blocks in (model.frame, model.every) for name, p in blocks.named_parameters() if p.ndim == 2 and "table" not in name]
+    inner = [pair for blocks in (model.frame, model.every) for pair in blocks.named_parameters()]
+    matrices = [p for name, p in inner if p.ndim == 2 and not name.endswith("table")]
     inside = {id(p) for p in matrices}
     rest = torch.optim.AdamW([p for p in model.parameters() if id(p) not in inside], 3e-3, (0.9, 0.99))
     optimisers = (torch.optim.Muon(matrices, 1e-2, 0.01, adjust_lr_fn="match_rms_adamw"), rest)
