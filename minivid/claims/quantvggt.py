@@ -20,6 +20,7 @@ Tails. Kurtosis and largest size (in medians) of what layers get, means over lay
 as there are special tokens.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -253,8 +254,8 @@ def cost(seed, fast):
     packed = sum(new.get_submodule(name).packed().nbytes for name in layers)
     macs = sum(layer.weight.numel() for layer in layers.values())
     widths = [len(turn.signs) for turn in {id(turn): turn for turn in b.turns.values()}.values()]
-    passes = lambda d: (d & -d).bit_length() - 1  # of the fast transform; what isn't a power of two goes through a small matrix
-    fast_ones = sum(d * (passes(d) + (d >> passes(d)) * (d & (d - 1) != 0)) for d in widths)
+    part = lambda d: 12 if d & (d - 1) else 1  # what is no power of two goes through a matrix of size 12 first
+    fast_ones = sum(d * (math.log2(d / part(d)) + part(d) * (part(d) > 1)) for d in widths)
     return {"bytes": sum(4 * sum(p.numel() for p in layer.parameters()) for layer in layers.values()) / packed,
             "fast": fast_ones / macs, "dense": sum(len(turn.signs) ** 2 for turn in b.turns.values()) / macs}  # fmt: skip
 

@@ -99,7 +99,7 @@ show.bars({order: 100 * error for order, error in errors.items()}, "answers off 
 #
 # $R$ is a Hadamard matrix with random signs, $R R^\top = 1$: each new channel is a sum of all old ones, so a giant becomes a
 # little in everyone. Then $s$ levels what is uneven still, for an *offset* that all tokens share turns into another offset.
-# Both steps cost no product. $R$ takes $d \log d$ additions for a token, once for q, k and v.
+# Neither needs a large product: $R$ takes some $d \log d$ additions a token, once for q, k and v.
 #
 # ## The package's own source
 
