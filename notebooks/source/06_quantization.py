@@ -193,6 +193,36 @@ play.knobs(outlier, settled=[dict(remedy=remedy, times=30, bits=6) for remedy in
 # every orthogonal $R$), so that nobody is odd any more, whatever the weights; but what was large in one channel is now a
 # little of it in all, so here it comes second. And with no outlier at all (set it to 1) both bring little.
 #
+# ## Both, but in which order?
+#
+# Both change no product, so one may follow the other. [QuantVGGT](papers/quantvggt.ipynb) rotates first and levels then; others
+# the other way round. Four odd channels this time, in 4 bits, and they grow:
+
+# %%
+orders = {"nothing": (nothing,), "SmoothQuant": (smoothed,), "rotation": (rotated,),
+          "rotation, SmoothQuant": (rotated, smoothed), "SmoothQuant, rotation": (smoothed, rotated)}  # fmt: skip
+
+
+def missed(order, times):
+    """How far the layer's output is off, in %, when four channels are so many times as large."""
+    c = torch.ones(x.shape[1]).index_fill(0, torch.tensor([7, 40, 71, 100]), float(times))
+    inside, weight = x * c, w / c
+    for remedy in order:
+        inside, weight = remedy(inside, weight)
+    coarse = lambda t: quant.fake_quantise(t, quant.symmetric(t, 4, 1))
+    error = coarse(inside) @ coarse(weight).T - x @ w.T
+    return 100 * (error.square().sum() / (x @ w.T).square().sum()).sqrt().item()
+
+
+grow = (1, 2, 5, 10, 20)
+curves = {name: (grow, [missed(order, times) for times in grow]) for name, order in orders.items()}
+show.lines(curves, "four channels, times what they were", "output off by, %", "A giant is levelled at once, or never", log="x")
+
+# %% [markdown]
+# Without giants, on the left, rotating and then levelling is the best of all. With them it is the other order: a rotation
+# mixes giants into every channel, and then there is nothing left to level. (That levelling undoes them *entirely* is our doing:
+# we made their weights small.)
+#
 # ## Rounding together
 #
 # The nearest level for each weight is not the nearest *layer*: inputs are correlated, so one error can pay for another. GPTQ
