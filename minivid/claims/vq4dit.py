@@ -29,8 +29,8 @@ That groups choose is what helps: 20 % less error than the codebook alone, 35 % 
 candidate brings less (8 %), and equal shares at the start, as the text has it, are 40 % worse than no choice. Without data it
 errs 8 % more than with (three seeds leave it open whether that is within the 10 % that were allowed). The best at two bits is
 none of the paper's: one codebook for all layers of a role, 20 % under a book a layer and 12 % under tuned GPTQ. At 3 and 4 bits
-grids win by far, since what is left to lose is small and GPTQ chooses weight by weight. In clips made from the same noise none
-of this shows: 18 to 19 dB for all that are tuned.
+GPTQ errs 43 and 64 % less than codewords. In clips made from the same noise none of this shows: 18 to 19 dB for all that are
+tuned.
 """
 
 from collections.abc import Iterator
