@@ -156,7 +156,7 @@ RECIPES = {
         generate_loss(3.0), 4000, 1.5e-3, 16, muon=5e-3, start="frames",
     ),
     "block": Recipe(
-        "video", dict(channels=4, block=4), chunked(32), block_objective, 8000, 2e-3, 32, muon=5e-3, start="frames"
+        "video", dict(channels=4, block=4), chunked(16, 8192), block_objective, 6000, 2e-3, 16, muon=5e-3, start="frames"
     ),
     "unet": Recipe("unet", {}, pixels(128, {"base": 65536}, False), generate_loss(2.0), 10000, 1.5e-3, 128),
     "unet-i": Recipe(
