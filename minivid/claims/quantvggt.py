@@ -18,6 +18,15 @@ removed.
 
 Tails. Kurtosis and largest size (in medians) of what layers get, means over layers; "fewer patches" leaves out as many patches
 as there are special tokens.
+
+Outcome: the steps hold, the rest doesn't. At 4 bits rotating and then smoothing errs 28 % less than rounding, 12 % less than
+smoothing alone and 15 % less than rotating alone (s learnt), in 8 bits 24, 15 and 15 %, and in three other models on average no
+less. It even beats the reverse order, by 9 to 18 %, as long as nothing sticks out. With four channels planted 20 times too large
+it errs three times as much as smoothing first: a rotation spreads a giant before anybody has measured it. Learnt clips bring 0
+to 7 %, within the spread of seeds. Calibration is not steadied: the filter removes most blank and noisy clips, some inverted
+ones and up to 5 % of the sound, the spread of 30 draws shrinks by 2 to 15 % where half was asked, and means stay. One spoilt
+clip among 20 does no harm to layers behind a norm, it seems. Special tokens are not the tail here: with them kurtosis is 7 %
+higher, and leaving out as many patches instead raises it further; it comes from what the GELU lets through.
 """
 
 import math

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from IPython.display import Markdown
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from minivid.lab import claims, papers
 from minivid.lab.canvas import (
     DENSITY,
     INK,
@@ -52,6 +54,7 @@ __all__ = [
     "mask",
     "source",
     "strip",
+    "verdict",
 ]
 
 Array = Tensor | np.ndarray
@@ -266,3 +269,12 @@ def _crossed(tile: np.ndarray, used: bool) -> np.ndarray:
         pen.line([(0, 0), end], fill=colour, width=width)
         pen.line([(0, end[1]), (end[0], 0)], fill=colour, width=width)
     return np.asarray(page)
+
+
+def verdict(slug: str) -> Markdown:
+    """A measured claim in words: verdict and outcome, each test that counts with its verdict, and where the paper differs."""
+    result = claims.read(slug)
+    rows = [f"| {test['claim']} | {test['verdict']} |" for test in result["tests"] if test["counts"]]
+    said = [f"**{result['verdict']}**, {len(result['seeds'])} seeds. {claims.outcome(slug)}", ""]
+    table = ["| decided before the run | verdict |", "|---|---|", *rows, ""]
+    return Markdown("\n".join([*said, *table, f"Where we differ: {papers.find(slug).card().differs}"]))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minivid.lab import canvas, show
+from minivid.lab import canvas, claims, papers, show
 
 
 def rand(*shape, seed=0):
@@ -183,3 +183,11 @@ def test_a_logarithmic_axis_is_marked_where_it_can_be_read():
 
     assert _marks([64, 256, 1024]) == [64, 256, 1024]
     assert _marks([0.18 * 1.3**i for i in range(12)]) == pytest.approx([0.2, 0.5, 1, 2])
+
+
+def test_a_verdict_names_every_test_that_counts_and_where_the_paper_differs():
+    said, result = show.verdict("simvq").data, claims.read("simvq")
+    counting = [test["claim"] for test in result["tests"] if test["counts"]]
+    assert counting and all(f"| {claim} | " in said for claim in counting)
+    assert said.startswith(f"**{result['verdict']}**") and claims.outcome("simvq") in said
+    assert said.endswith(papers.find("simvq").card().differs)

@@ -29,7 +29,7 @@ import torch
 
 from minivid.claims import dmmv as claim
 from minivid.core.surgery import record
-from minivid.lab import canvas, claims, measure, papers, play, plots, show
+from minivid.lab import canvas, claims, measure, play, plots, show
 from minivid.quantization import dmmv as paper
 from minivid.quantization.dmmv import MinMax, Search
 
@@ -326,9 +326,6 @@ for seed in range(3):
 
 # %% tags=["nbval-ignore-output"]
 result = claims.read("dmmv")
-for test in filter(lambda test: test["counts"], result["tests"]):
-    print(f"{test['verdict']:15} {test['name']}")
-print("In all:", result["verdict"])
 value = lambda arm, metric: result["arms"][arm]["values"][metric]
 arms = [f"{way}, order {n}" for n in claim.LARGE for way in ("rounded", "HiGHS", "search")]
 ripples = {arm: value(arm, "ripple") for arm in arms}
@@ -340,8 +337,7 @@ pixels = {f"{kind}: {way}": [100 * v for v in value(f"{way}, {kind} noise", "wro
 show.bars(pixels, "wrong pixels, % (a dot a seed)", "When noise is uniform, the worst ray tells most")
 
 # %%
-print(claims.outcome("dmmv"))
-print("Where we differ:", papers.find("dmmv").card().differs)
+show.verdict("dmmv")
 
 # %% [markdown]
 # The authors report, on an accelerator: quantised networks 14 % better on average than other methods, tomography with 16 %

@@ -27,14 +27,13 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from IPython.display import Markdown
 from PIL import Image
 
 from minivid.claims import dsformer as claim
 from minivid.core import sample
 from minivid.core.baselines.lowrank import Factored, rank_for, svd
 from minivid.core.surgery import swap
-from minivid.lab import canvas, claims, maps, papers, play, plots, show
+from minivid.lab import canvas, claims, maps, play, plots, show
 from minivid.low_rank import dsformer as paper
 from minivid.low_rank.dsformer import DenseSparse, Pattern
 from minivid.world.scores import psnr
@@ -342,10 +341,7 @@ values = {name: result["arms"][arm]["values"]["rise"] for name, arm in ways.item
 show.bars(values, "rise of the loss (a dot a draw)", "What half of the bits costs after tuning", digits=2)
 
 # %%
-rows = ["| what was decided before the run | verdict |", "|---|---|"]
-rows += [f"| {test['claim']} | {test['verdict']} |" for test in result["tests"] if test["counts"]]
-Markdown("\n".join([f"**{result['verdict']}**, {len(result['seeds'])} draws. " + claims.outcome("dsformer"), "", *rows, "",
-                    "Where we differ: " + papers.find("dsformer").card().differs]))  # fmt: skip
+show.verdict("dsformer")
 
 # %% [markdown]
 # The authors report up to 40 % better compression than the best low-rank factorisers on language understanding, and up to 50 %

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw
 from minivid.claims import hawqv3 as claim
 from minivid.core import weights
 from minivid.core.baselines.quant import allocate
-from minivid.lab import claims, maps, papers, play, plots, show
+from minivid.lab import claims, maps, play, plots, show
 from minivid.lab.canvas import DENSITY, INK, PALETTE, TEXT, Picture, Sheet, font
 from minivid.quantization import hawqv3 as paper
 from minivid.world.scores import psnr
@@ -341,11 +341,7 @@ off = f"random ones, off to the right: {fmean(rises['rise_random']):.1f}, the lu
 show.bars(values, "rise of the loss (a dot a draw)", f"4 bits a weight on average ({off})", digits=2)
 
 # %%
-for test in filter(lambda test: test["counts"], result["tests"]):
-    print(f"{test['verdict']:15} {test['name']}")
-print("In all:", result["verdict"])
-print(claims.outcome("hawqv3"))
-print("Where we differ:", papers.find("hawqv3").card().differs)
+show.verdict("hawqv3")
 
 # %% [markdown]
 # The authors report ResNet50 at 77.6 % with 8 bits (float: 77.7), and 23 % less latency than 8 bits when bits are mixed, on a

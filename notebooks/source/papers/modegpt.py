@@ -31,7 +31,7 @@ from minivid.claims import modegpt as claim
 from minivid.core import sample, weights
 from minivid.core.baselines.lowrank import Factored, rank_for
 from minivid.core.surgery import swap
-from minivid.lab import claims, maps, papers, play, show
+from minivid.lab import claims, maps, play, show
 from minivid.low_rank import modegpt as paper
 from minivid.world.judge import read
 from minivid.world.scores import psnr
@@ -332,11 +332,7 @@ curves = {name: ([10, 30, 50], [fmean(result["arms"][f"{way}, {share} %"]["value
 show.lines(curves, "weights gone from the blocks, %", "rise of the loss", "The deeper the cut")
 
 # %%
-for test in filter(lambda test: test["counts"], result["tests"]):
-    print(f"{test['verdict']:15} {test['name']}")
-print("In all:", result["verdict"])
-print(claims.outcome("modegpt"))
-print("Where we differ:", papers.find("modegpt").card().differs)
+show.verdict("modegpt")
 
 # %% [markdown]
 # The authors report 90 to 95 % of the zero-shot performance of Llama-2 and OPT at 25 to 30 % compression, within hours on one

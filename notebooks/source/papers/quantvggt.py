@@ -30,7 +30,7 @@ import torch
 
 from minivid.claims import quantvggt as claim
 from minivid.core.surgery import record
-from minivid.lab import claims, papers, play, plots, show
+from minivid.lab import claims, play, plots, show
 from minivid.quantization import quantvggt as paper
 from minivid.quantization.quantvggt import Geometry, How
 
@@ -303,11 +303,7 @@ show.bars({how: value(f"static 4: {how}", "spread") for how in claim.HOWS}, "sta
           "Static ranges: does a choice of clips steady them?")  # fmt: skip
 
 # %%
-for test in filter(lambda test: test["counts"], result["tests"]):
-    print(f"{test['verdict']:15} {test['name']}")
-print("In all:", result["verdict"])
-print(claims.outcome("quantvggt"))
-print("Where we differ:", papers.find("quantvggt").card().differs)
+show.verdict("quantvggt")
 
 # %% [markdown]
 # The authors report for VGGT in 4 bits 3.7 times less memory, 2.5 times the speed and over 98 % of the reconstruction

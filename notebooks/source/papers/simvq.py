@@ -25,12 +25,12 @@
 from functools import lru_cache
 
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 
 from minivid.claims import simvq as claim
 from minivid.core.baselines.vq import VQ, nearest
 from minivid.core.tokenizer import Tokenizer
-from minivid.lab import books, canvas, claims, papers, play, plots, show
+from minivid.lab import books, canvas, claims, play, plots, show
 from minivid.tokenizers.simvq import SimVQ, chase, reach
 from minivid.world.scores import psnr
 
@@ -288,10 +288,7 @@ some = ("usage: simvq, 1024 over vq, 1024", "psnr: simvq, 1024 over vq, 1024", "
 show.claim(result | {"tests": [test for test in result["tests"] if test["name"] in some]})
 
 # %%
-rows = ["| what was decided before the run | verdict |", "|---|---|"]
-rows += [f"| {test['claim']} | {test['verdict']} |" for test in result["tests"] if test["counts"]]
-Markdown("\n".join([f"**{result['verdict']}**, {len(result['seeds'])} seeds. " + claims.outcome("simvq"), "", *rows, "",
-                    "Where we differ: " + papers.find("simvq").card().differs]))  # fmt: skip
+show.verdict("simvq")
 
 # %% [markdown]
 # **What the authors report** (ImageNet, 128 x 128, 65,536 codes): plain VQ uses 1.4 % of its codes and reaches 22.2 dB, SimVQ
