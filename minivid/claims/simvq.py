@@ -3,10 +3,10 @@
 All arms have the same network (vectors of 32 numbers on an 8 x 8 grid), batches (16 frames, 1,024 vectors) and steps; they
 differ in the bottleneck alone. Each has its best learning rate of 4e-3, 8e-3 and 1.6e-2, found with 1,024 codes, 500 steps and a
 seed that isn't used here: 4e-3 for running means with restart, 1.6e-2 for all others (3.2e-2, tried after the run, gives SimVQ
-nothing more and plain VQ half a dB, so plain VQ is too weak here if anything). Half of the frames show the world, half the
-natural films; usage and PSNR are measured on 1,024 held-out frames (65,536 codes). The network begins at random and nothing
-centres its features: the tokenizers of this package begin at principal components and lean towards unit variance, and the arms
-"centred" say what is left to cure there.
+nothing more and plain VQ half a dB, so plain VQ is too weak here, and what "holds" against it is an upper bound; restart was
+best at the least rate that was tried). Half of the frames show the world, half the natural films; usage and PSNR are measured on
+1,024 held-out frames (65,536 codes). The network begins at random and nothing centres its features: the tokenizers of this
+package begin at principal components and lean towards unit variance, and the arms "centred" say what is left to cure there.
 
 Rivals: running means with restart of dead codes (Dhariwal et al. 2020), a k-means start, unit vectors of 8 numbers behind a
 linear map (Yu et al. 2021, "VQ-FC"), finite scalar quantisation with the levels that its authors advise (Mentzer et al. 2023;
@@ -16,13 +16,16 @@ The arms "alone" train a book of 512 codes by itself (Adam 3e-3, 1,500 steps of 
 numbers, whose mean is m = 0, 1 and 3 standard deviations a coordinate from the book's; distortion is relative to their variance.
 
 Outcome: SimVQ keeps more codes than plain VQ, 88 against 73 % of 1,024 and 67 against 28 % of 4,096, and the pictures are 0.4
-and 0.3 dB worse for all that. Plain VQ doesn't die for good: runs of 500 steps end with a third of 1,024 codes, runs of 2,000
-with nearly three quarters, when the encoder has come back to the book (m falls from 0.4 to 0.03). SimVQ's codes are in use, but
-unevenly (perplexity 145 of 1,024; plain VQ 271, means with restart 524): a book that only moves as a whole can't be dense where
-vectors are. Learning the table as well mends that (+0.8 dB), against the paper's warning. Running means with restart are best at
-every size above 64, by up to 1.2 dB, and make the most of a larger book. Looked at alone, the mechanism is as described: a book
-at rest loses nothing; one standard deviation costs plain VQ four codes of five and SimVQ none, and the shift b, which the
-paper's formula lacks, does much of it; three deviations are too far even for SimVQ, not for b alone.
+and 0.3 dB worse for all that; at both sizes every rival is ahead of it. Plain VQ doesn't die for good: with 1,024 codes the
+encoder comes back to the book (m falls from 0.4 to 0.03). SimVQ's codes are in use, but unevenly (perplexity 145 of 1,024; plain
+VQ 272, means with restart 524): a book that only moves as a whole can't be dense where vectors are. Learning the table as well
+mends part of that (248, and +0.8 dB), against the paper's warning; b brings nothing here (without it 91 % and 0.1 dB more,
+within the spread). Where features are centred nothing is left to cure: plain VQ keeps 95 %, SimVQ 93 % and 1.1 dB less. Running
+means with restart lead at 4,096 codes by 0.8 dB (1.2 over SimVQ), and are level with plain VQ at 256 and with a k-means start at
+1,024. Looked at alone, the mechanism is as described as far as use goes: a book at rest loses no codes; one standard deviation
+costs plain VQ four codes of five and SimVQ none, and the shift b, which the paper's formula lacks, does most of it; three are
+too far even for SimVQ, not for b alone. Use isn't worth, though: at one deviation b alone errs 13 % more than plain VQ with a
+fifth of its codes, and restart 29 % less than SimVQ.
 """
 
 import math

@@ -4,7 +4,8 @@ Paper:   DSFormer: Effective Compression of Text-Transformers by Dense-Sparse We
 Kind:    surgery (a trained model in, a smaller one out, tuned for some hundred steps)
 Equal:   with groups of one it is the low-rank layer, with D = 1 and a full S the layer itself
 Claim:   of a feed-forward's matrices at half the storage, places counted, D S errs less than the SVD (by 15 % where places are
-         free); places learnt straight through leave 20 % less of the loss than fixed ones; no more loss than low rank
+         free); places learnt straight through leave 20 % less of the loss than fixed ones; no more loss than low rank, nor than
+         two of every four numbers kept
 Differs: a video generator of 1.9 M parameters and its loss, not language models and their tasks. Only the abstract is at hand,
          so all of this is inferred: one number in each group of each column, the start by matching pursuit, what resting
          numbers begin as, the straight-through estimator with Adam at one rate, unit columns of D after every step, places

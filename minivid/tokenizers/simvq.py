@@ -6,7 +6,8 @@ Equal:   plain VQ: in the forward pass where the layer is the identity, in all o
 Claim:   at 1,024 and at 4,096 codes, against plain VQ: +0.30 of the codes in use and +0.3 dB; against running means with restart
          at most 0.3 dB worse at 64, 256, 1,024 and 4,096 codes; from 256 to 4,096 codes +0.5 dB
 Differs: the layer has a bias, as in the authors' code; their formula has none. No adversarial and no perceptual loss, no slow
-         copy of the weights; frames of 32 x 32, vectors of 32 numbers, at most 4,096 codes
+         copy of the weights; frames of 32 x 32, vectors of 32 numbers, at most 4,096 codes. L1 with a difference of gradients
+         and Adam with betas (0.9, 0.99) on a cosine, not their recipe
 
 A codebook collapses because it is learnt code by code: whoever isn't nearest to any vector gets no gradient and stays, while
 the encoder moves on. SimVQ draws a table C once, never changes it, and learns W and b of

@@ -167,7 +167,7 @@ def walk(part):
 books.picture({"plain VQ": walk(VQ(64, 2)), "SimVQ": walk(SimVQ(64, 2))}, film=True)
 
 # %% [markdown]
-# That shared layer is **SimVQ**. Why it helps, when it doesn't, and which simpler rescues do as well, stands in [its
+# That shared layer is **SimVQ**. Why it helps, when it doesn't, and which simpler rescues do better, stand in [its
 # lesson](papers/simvq.ipynb).
 #
 # ## A codebook under the microscope
@@ -237,8 +237,8 @@ settled = [{"book": "plain VQ, 1024", "rank": 1}, {"book": "SimVQ, 1024", "rank"
 play.knobs(microscope, settled=settled, book=play.Choice(list(kinds)), rank=play.IntRange(1, 64, 1))
 
 # %% [markdown]
-# Try rank 60 of *plain VQ, 1024*: few codes do all the work, and everything that they stand for must look alike. A
-# large book is only worth its bits when it is used.
+# Try rank 60 of *plain VQ, 1024*: few codes do all the work, and everything that they stand for must look alike. A large book is
+# worth its bits only when it is used, and used evenly: after 2,000 steps plain VQ has caught up and passed SimVQ (below).
 #
 # ## All of them on one plot
 #
@@ -269,9 +269,10 @@ for how, name in (("vq", "plain VQ"), ("simvq", "SimVQ"), ("restart", "means + r
 show.lines(curves, "bits a pixel, as stored", "PSNR, dB", "Rate and distortion", log="x")
 
 # %% [markdown]
-# Two things to read off. Rounding every number by itself wastes bits: at the rate of the codebooks, a rounded latent
-# is far below them. And at equal quality `tok-v` needs a fraction of the bits of all others, because most of a frame
-# was in the frame before: that is the case for tokenizers that look along time.
+# Three things to read off. Rounding every number by itself wastes bits: at the rate of the codebooks, a rounded latent is far
+# below them. And at equal quality `tok-v` needs a fraction of the bits of all others, because most of a frame was in the frame
+# before: that is the case for tokenizers that look along time. Among codebooks, running means with restart are ahead where the
+# book is large, and SimVQ is under plain VQ from 256 codes on.
 #
 # ## The papers of this chapter
 

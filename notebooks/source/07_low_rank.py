@@ -192,7 +192,7 @@ memory.timeline({way: running.lives(way) for way in names}, 1024, 128, "One bloc
 # thin factors, use them, drop them ([FlashSVD](papers/flashsvd.ipynb)). Or, more simply, do it in chunks of tokens. The
 # lesson says what each is worth.
 #
-# ## All of them on one plot
+# ## Narrower or thinner, on one plot
 #
 # From the claims, means of three seeds: by how much the loss on held-out clips rises when 10, 30 or 50 % of the blocks'
 # numbers go, without any fine-tuning.

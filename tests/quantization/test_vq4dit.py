@@ -197,11 +197,6 @@ def test_a_layer_settles_when_nearly_all_groups_have_and_says_the_same():
     close(part.plain()(torch.ones(2, 8)), part(torch.ones(2, 8)))
 
 
-    def __init__(self, linear, n=64, seed=0):
-        x = torch.randn(n, linear.in_features, generator=dice(seed)) @ torch.randn(2, 8, 8, generator=dice(seed + 1)).sum(0)
-        self.x, self.pair = x, ((x,), [linear(x).detach()])
-
-
 def test_learnt_choices_are_near_the_best_of_all():
     """One output, 8 groups of 2, codebook held: all 2^8 choices are tried."""
     won = []

@@ -4,7 +4,7 @@ Paper:   Quantized Visual Geometry Grounded Transformer (2025), arXiv 2509.21302
 Kind:    surgery (a trained model in, the same model with inputs and weights of few bits out)
 Equal:   at 16 bits the folded layers say what they said, whatever the rotation, the smoothing and their order
 Claim:   at 4 bits rotating and then smoothing errs less than rotating, smoothing or rounding alone; clips that are filtered and
-         drawn from clusters halve the spread of 30 calibrations; special tokens are the heavy tail
+         drawn from clusters halve the spread of 30 (static) and 10 (learnt) calibrations; special tokens are the heavy tail
 Differs: in place of VGGT a transformer of 0.5 million weights, trained from scratch on the world's exact cameras (registers
          added to a trained video generator would mean nothing). Updates: 75 a block of 4 clips each. The
          deep layers of the filter are the last pair of three, a category is what the camera does, and a clip has 6 frames. The

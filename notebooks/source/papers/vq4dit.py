@@ -17,7 +17,7 @@
 # patterns, and the patterns may be learnt. VQ4DiT also learns who takes which.
 #
 # *Ten minutes, one processor core. Surgery: a trained model in, codewords and indices out.* At the end you can
-# - say why codewords beat grids at the same number of bits, and count those bits honestly;
+# - say when codewords beat grids and when they don't, and count the bits of both honestly;
 # - see groups of weights make up their minds between two codewords;
 # - calibrate a model with no data at all.
 
@@ -43,8 +43,8 @@ _ = torch.set_num_threads(1)
 # ## The picture first
 #
 # One layer of our video model: 128 x 128 weights. Neighbours in a row are taken as pairs, and each pair is a point. Left, each
-# weight rounded to 4 values: the pair has 16 places to go, on a square. Right, 16 places too, but put where the
-# points are. Both cost 2 bits a weight.
+# weight rounded to 4 values: the pair has 16 places to go, on a square. Right, 16 places too, but put where the points are. Both
+# cost 2 bits a weight, and a little for the grid or the codebook.
 
 # %%
 model, name = weights.load("video"), "trunk.blocks.1.attention.v"
@@ -114,7 +114,8 @@ pull = paper.pulls(nearest, told, ["0"])["0"]
 print(f"mean cosine: {paper.agreement(pull, nearest[0].index, 16).nanmean():.3f}   (1: all pull one way, 0: each its own)")
 
 # %% [markdown]
-# Next to nothing in common. What one group gains another loses, and the codeword stays about where it is.
+# Next to nothing in common. What one group gains another loses. What is left of the sum still moves the codeword, and that is
+# worth much (n = 1 below), but no group gets what it wants.
 #
 # ## The idea
 #
@@ -323,8 +324,9 @@ for n in (1, 2):
     print(f"mean cosine of gradients after calibration, n = {n}: {cosine:.3f}")
 
 # %% [markdown]
-# The weights are worse and the layer is better. Errors of single weights don't matter, their sum over a row does, weighted by
-# what really comes in; so errors may cancel, if somebody lets them.
+# The weights are worse and the layer is better. The cosine is no larger afterwards: what helps is not that groups agree. Errors
+# of single weights don't matter, their sum over a row does, weighted by what really comes in; so errors may cancel, if somebody
+# lets them.
 #
 # ## Count all bits
 #
