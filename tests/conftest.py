@@ -15,6 +15,7 @@ import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from checks.drive import Widgets  # noqa: E402
 
 CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
@@ -43,10 +44,14 @@ def untyped():
 
 
 def pytest_collection_modifyitems(items):
+    last = {}  # cell of each notebook
     for item in items:
         if hasattr(item, "output_timeout"):  # a notebook cell; nbval waits only 5 s for its output
             item.output_timeout = 60
             item.add_marker(pytest.mark.timeout(0))  # nbval has its own, which leaves the next cell intact
+            last[item.parent] = item
+    for book, cell in last.items():  # while its kernel lives
+        items.insert(items.index(cell) + 1, Widgets.from_parent(book, name="widgets"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -93,13 +93,14 @@ def build(kind: str, settings: dict) -> nn.Module:
     from .baselines.answerer import Answerer  # here, because the models' files import this one
     from .baselines.features import Features
     from .baselines.unet import UNet
-    from .baselines.vq import FSQ
+    from .baselines.vq import FSQ, VQ
     from .codes import TokenModel
     from .model import VideoModel
     from .tokenizer import Tokenizer
 
-    def tokenizer(levels=None, **rest):
-        return Tokenizer(**rest, bottleneck=FSQ(tuple(levels)) if levels else None)
+    def tokenizer(levels=None, codes=None, **rest):  # a grid of levels a channel, or so many codes that learn
+        bottleneck = FSQ(tuple(levels)) if levels else VQ(codes, rest["channels"], decay=0.99, restart=0.1) if codes else None
+        return Tokenizer(**rest, bottleneck=bottleneck)
 
     kinds = {"tokenizer": tokenizer, "video": VideoModel, "tokens": TokenModel, "unet": UNet}
     kinds |= {"answerer": Answerer, "features": Features}

@@ -1,14 +1,13 @@
-"""Run a notebook, then set every widget to its extremes and every option; errors that nbval can't see are found here.
+"""Set every widget of a notebook to its extremes and every option; errors that nbval can't see are found here.
 
-nbval and nbclient run each cell once, at the sliders' first values. An error at another value of an `interact` is
-printed by `get_ipython().showtraceback`, one in an observer is raised where the value is set: both are recorded.
+nbval runs each cell once, at the sliders' first values. When it has come to the end of a notebook, one more test (`Widgets`)
+drives what the cells have left in the kernel. An error at another value of an `interact` is printed by
+`get_ipython().showtraceback`, one in an observer is raised where the value is set: both are recorded.
 """
 
 import json
-from pathlib import Path
 
-import nbclient
-import nbformat
+import pytest
 
 # Runs in the notebook's kernel, after its last cell. Names are private to one function, so that nothing is overwritten.
 DRIVER = '''
@@ -68,12 +67,38 @@ _drive()
 '''
 
 
-def drive(path: Path, timeout: int = 120) -> dict[str, list[str]]:
-    """`driven`: every (widget, value) that was set; `errors`: what went wrong. An error in a cell itself is raised."""
-    book = nbformat.read(path, 4)
-    book.cells.append(nbformat.v4.new_code_cell(DRIVER))
-    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbclient.NotebookClient(book, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}).execute()
-    printed = "".join(o.get("text", "") for o in book.cells[-1].outputs)
-    line = next(line for line in printed.splitlines() if line.startswith("DRIVEN "))
+def drive(kernel, timeout: int = 120) -> dict[str, list[str]]:
+    """`driven`: every (widget, value) that was set in the kernel (nbval's); `errors`: what went wrong."""
+    said, number = "", kernel.execute_cell_input(DRIVER)
+    while True:
+        message = kernel.get_message("iopub", timeout)
+        kind, content = message["msg_type"], message["content"]
+        if message["parent_header"].get("msg_id") != number:
+            continue
+        if kind == "stream":
+            said += content["text"]
+        elif kind == "error":
+            raise RuntimeError("\n".join(content["traceback"]))
+        elif kind == "status" and content["execution_state"] == "idle":
+            break
+    line = next(line for line in said.splitlines() if line.startswith("DRIVEN "))
     return json.loads(line.removeprefix("DRIVEN "))
+
+
+class Widgets(pytest.Item):
+    """The last test of a notebook: its widgets work everywhere, and a lesson has one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_marker(pytest.mark.timeout(600))
+
+    def runtest(self):
+        result = drive(self.parent.kernel)
+        problems = result["errors"]
+        if not result["driven"] and (self.path.parent.name == "papers" or self.path.stem == "00_start"):
+            problems = ["a lesson has a knob to turn, but no widget was found"]
+        if problems:
+            pytest.fail("\n".join(problems), pytrace=False)
+
+    def reportinfo(self):
+        return self.path, None, f"{self.path.name}::widgets"

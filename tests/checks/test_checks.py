@@ -8,6 +8,7 @@ import jupytext
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbval.kernel import CURRENT_ENV_KERNEL_NAME, RunningKernel
 
 from checks import ROOT, notebooks, palette, source
 from checks.drive import drive
@@ -219,10 +220,12 @@ def test_a_chapter_has_its_own_budget(tmp_path):
 # Widgets
 
 
-def drive_source(tmp_path, text):
-    path = tmp_path / "a.ipynb"
-    nbformat.write(new_notebook(cells=[new_code_cell("import ipywidgets as W\n" + text)]), path)
-    return drive(path)
+def drive_source(text):
+    kernel = RunningKernel(CURRENT_ENV_KERNEL_NAME)
+    kernel.execute_cell_input("import ipywidgets as W\n" + text)
+    result = drive(kernel)
+    kernel.stop()
+    return result
 
 
 DEFECTS = {  # widget that fails at a value other than its first -> where the drive must see it
@@ -237,18 +240,18 @@ DEFECTS = {  # widget that fails at a value other than its first -> where the dr
 }
 
 
-def test_errors_at_other_values_are_found(tmp_path):
-    errors = drive_source(tmp_path, "\n".join(DEFECTS))["errors"]
+def test_errors_at_other_values_are_found():
+    errors = drive_source("\n".join(DEFECTS))["errors"]
     assert all("ZeroDivisionError" in e for e in errors)
     assert [text for text, at in DEFECTS.items() if not any(at in e for e in errors)] == [], errors
 
 
-def test_sound_widgets_are_driven_through_all_values(tmp_path):
+def test_sound_widgets_are_driven_through_all_values():
     text = (
         "seen = []\ns = W.IntSlider(3, 0, 9); s.observe(lambda c: seen.append(c.new), 'value')\n"
         "W.interact(lambda x: x, x=W.Dropdown(options=['a', 'b'])); W.SelectMultiple(options=[1, 2]); W.IntProgress()"
     )
-    result = drive_source(tmp_path, text)
+    result = drive_source(text)
     assert result["errors"] == []
     assert [d for d in result["driven"] if "IntSlider" in d] == [f"IntSlider('') at {v}" for v in (0, 9, 3)]
     assert not [d for d in result["driven"] if "Progress" in d]
@@ -260,7 +263,7 @@ def test_sound_widgets_are_driven_through_all_values(tmp_path):
 def pytest_run(folder, *flags, ci="1"):
     """Run pytest on a folder with this project's conftest; gives its output."""
     (folder / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (folder / "pytest.ini").write_text(f"[pytest]\nmarkers = gpu\npythonpath = {ROOT}/tests\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *flags, "."]
     return subprocess.run(command, cwd=folder, env=os.environ | {"CI": ci}, capture_output=True, text=True).stdout
 
@@ -275,19 +278,20 @@ def test_a_skip_fails_in_ci(tmp_path):
     assert "1 error" in pytest_run(tmp_path)
 
 
-def test_nbval_compares_and_forgives_what_it_should(tmp_path):
-    """A number is compared; a duration or an address is not."""
+def test_a_notebook_is_compared_and_its_widgets_driven(tmp_path):
+    """A number is compared; a duration or an address is not. A widget that fails at another value fails in the end."""
 
     def printed(source, text, count):
-        return new_code_cell(source, execution_count=count, outputs=[new_output("stream", text=text)])
+        return new_code_cell(source, execution_count=count, outputs=[new_output("stream", text=text)] if text else [])
 
     cells = [
         printed("print('took 1.5 s at', object())", "took 27 s at <object object at 0x7f5b00000000>\n", 1),
         printed("print('loss', 0.25)", "loss 0.24\n", 2),
+        printed("import ipywidgets as W\na = W.IntSlider(3, 0, 9); a.observe(lambda c: 1 / c.new, 'value')", "", 3),
     ]
     nbformat.write(new_notebook(cells=cells), tmp_path / "a.ipynb")
     out = pytest_run(tmp_path, "--nbval", "--nbval-current-env", f"--nbval-sanitize-with={ROOT}/tests/nbval.cfg")
-    assert "1 failed, 1 passed" in out and "loss 0.25" in out
+    assert "2 failed, 2 passed" in out and "loss 0.25" in out and "IntSlider('') at 0" in out
 
 
 def test_wrong_shapes_are_caught(tmp_path, request):
