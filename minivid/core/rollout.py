@@ -6,7 +6,7 @@ through `context`, which turns what was emitted into the condition of the next b
 can be trained on its own rollouts. The training loss of such a model stands below.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,16 +47,16 @@ class Plan:
 
 
 def rollout(model, plan: Plan, ends: list[Float[Tensor, "b c _ h w"]], cond: Cond, cache=None, generator=None,
-            first: Float[Tensor, "b c _ h w"] | None = None) -> Float[Tensor, "b c f h w"]:
+            first: Sequence[Float[Tensor, "b c _ h w"]] = ()) -> Float[Tensor, "b c f h w"]:
     """Make one block of every tensor of noise in `ends` (a list of blocks `b c f h w`), in order; returns all frames.
 
     cond:  a caption for all (`b l`) or one a block (`b s l`, the last goes on); block i is told `cond.at(i, start)`
-    first: known frames before the first block: they are block 0 (written by a clean pass) and part of the result
+    first: known blocks before the first that is made (a list; each written by a clean pass); they are part of the result
     Wrap the call in `torch.no_grad()` to sample; without it gradients flow within each block, and across blocks where
     `plan.detach` is off.
     """
     made, at = [], 0
-    blocks = ([first] if first is not None else []) + list(ends)
+    blocks = [*first, *ends]
     for i, end in enumerate(blocks):
         told = cond.at(i, cond.start + at)
         if plan.context is not None and made:
@@ -64,7 +64,7 @@ def rollout(model, plan: Plan, ends: list[Float[Tensor, "b c _ h w"]], cond: Con
             told = plan.context(past.detach() if plan.detach else past, told)
         if cache is not None:
             cache.open(i, told)
-        given = first is not None and i == 0
+        given = i < len(first)
         x = end if given else denoise(model, plan, i, end, told, cache, generator)
         if cache is not None:
             if plan.write == "clean" or (given and plan.write != "none"):

@@ -1,9 +1,11 @@
 """Block = whole clip is the plain sampler; cached is uncached; nothing leaks back; gradients stop where they are told to."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from minivid.core import noise
+from minivid.core import noise, text
 from minivid.core.cache import Cache, Window
 from minivid.core.model import Cond, VideoModel
 from minivid.core.rollout import Plan, block_loss, block_times, denoise, remember, rollout
@@ -107,10 +109,28 @@ def test_every_block_is_told_its_own_caption():
 
 def test_known_first_frames_begin_the_clip():
     model, known = small(), ends(1, seed=9)[0]
-    out = roll(model, blocks=ends(1), cache=(cache := Cache()), first=known)
+    out = roll(model, blocks=ends(1), cache=(cache := Cache()), first=[known])
     assert torch.equal(out[:, :, :2], known) and cache.tokens == 64
     x = denoise(model, PLAN, 1, ends(1)[0], Cond(start=2.0), _with(model, known))
     assert torch.equal(out[:, :, 2:], x)
+
+
+def test_known_blocks_are_each_told_their_own_caption():
+    """The past that a rollout leaves of known chunks is the one that is written by hand, caption by caption."""
+    model, (a, b) = small(), ends(2, seed=9)
+    told = Cond(text=text.tokens(["a red circle", "a blue square", "a green star"])[None].expand(2, -1, -1))
+    out = roll(model, blocks=ends(1), cond=told, cache=Cache(), first=[a, b])
+    swapped = replace(told, text=told.text[:, [1, 0, 2]])
+    other = roll(model, blocks=ends(1), cond=swapped, cache=Cache(), first=[a, b])
+    cache = Cache()
+    for i, known in enumerate((a, b)):
+        cache.open(i, told.at(i, 2.0 * i))
+        remember(model, known, 0.0, told.at(i, 2.0 * i), cache)
+        cache.close(i)
+    cache.open(2, told.at(2, 4.0))
+    by_hand = denoise(model, PLAN, 2, ends(1)[0], told.at(2, 4.0), cache)
+    assert torch.equal(out[:, :, :4], torch.cat([a, b], 2)) and torch.equal(out[:, :, 4:], by_hand)
+    assert not torch.allclose(out[:, :, 4:], other[:, :, 4:], atol=1e-4)
 
 
 def _with(model, known):
