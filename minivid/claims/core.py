@@ -17,14 +17,15 @@ import torch
 
 from minivid import world
 from minivid.core import attention, noise, sample, surgery, text, weights
+from minivid.core.cache import Cache, Window
 from minivid.core.corpus import scenes
 from minivid.core.model import Cond
 from minivid.core.sample import generate
 from minivid.lab.claims import Arm, Claims, Floor
 from minivid.training.tokenizers import answers
 from minivid.world.clips import natural_crops
-from minivid.world.judge import judge, score
-from minivid.world.scores import psnr
+from minivid.world.judge import judge, read_many, score
+from minivid.world.scores import psnr, sharpness
 
 
 @torch.no_grad()
@@ -108,6 +109,49 @@ def windows(seed, fast, name, tokenizer):
     return {"windows": energy, "windows_varying": varying}
 
 
+def told(scene, chunks):
+    """The caption of each chunk of a film."""
+    return [world.chunk_caption(scene, 4 * i) for i in range(chunks)]
+
+
+@torch.no_grad()
+def recall(seed, fast, past):
+    """Shares of right colours and shapes of scene A when it comes back after B: A and B are true frames, A's return is made.
+
+    past: "all" of it is in the cache, or the last "two" chunks: only B, and then A's colour is chance (its shape is told)
+    """
+    n, tok, found = 4 if fast else 64, weights.load("tok-f"), []
+    films = scenes("recurrent", n, 5000 + seed, "held-out")
+    for chunks in sorted({film.cuts[2].start // 4 for film in films}):  # A and B last 2 to 4 chunks each
+        some = [film for film in films if film.cuts[2].start == 4 * chunks]
+        true = tok.encode(world.batch(some, 32, 4 * chunks))
+        cache = Cache() if past == "all" else Window(2)
+        made = sample.film([told(f, chunks + 2) for f in some], true, cache, seed, 5 if fast else 20)
+        found += [score(clip, f.cuts[0].shot) for clip, f in zip(tok.decode(made[:, :, 4 * chunks :]), some, strict=True)]
+    return {name: sum(one[name] is True for one in found) / n for name in ("colour", "shape")}
+
+
+@torch.no_grad()
+def lasting(seed, fast):
+    """Shares of chunks in which just one body is seen, of the shape that the caption names: the first and last eight of 32.
+
+    Two chunks are true; the other 30 are made, four times the eight chunks of training, with the last seven in the cache.
+    """
+    n, tok, chunks = 2 if fast else 16, weights.load("tok-f"), 8 if fast else 32
+    films = scenes("recurrent", n, 6000 + seed)
+    known = tok.encode(world.batch(films, 32, 8))
+    clips = tok.decode(sample.film([told(f, chunks) for f in films], known, Window(7), seed, 5 if fast else 20))
+    right = torch.zeros(n, chunks)
+    for i, film in enumerate(films):
+        for j, seen in enumerate(read_many(torch.stack(clips[i].split(4, 1)))):
+            right[i, j] = len(seen.bodies) == 1 and str(seen.bodies[0].shape) in told(film, chunks)[j].split()
+    edge = chunks // 4
+    sharp = sharpness(clips[:, :, -4 * edge :]).mean() / sharpness(clips[:, :, 8 : 8 + 4 * edge]).mean()
+    early, late = right[:, 2 : 2 + edge].mean().item(), right[:, -edge:].mean().item()
+    return {"early": early, "late": late, "kept": late / max(early, 0.01), "sharpness": sharp.item()}
+
+
+BLOCK = ["minivid/weights/block.safetensors", "minivid/weights/tok-f.safetensors"]
 CLAIMS = Claims(
     "core",
     arms={
@@ -118,6 +162,8 @@ CLAIMS = Claims(
         "video": Arm(follow, files=["minivid/weights/video.safetensors", "minivid/weights/tok-v.safetensors"], name="video"),
         "frames": Arm(windows, files=["minivid/weights/frames.safetensors", "minivid/weights/tok-f.safetensors"],
                       name="frames", tokenizer="tok-f"),
+        **{f"block: {past}": Arm(recall, files=BLOCK, past=past) for past in ("all", "two")},
+        "block: 32 chunks": Arm(lasting, files=BLOCK),
     },
     tests=[
         Floor("frames: a window is enough for a third of the heads", "windows", "frames", at_least=1 / 3),

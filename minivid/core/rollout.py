@@ -46,12 +46,12 @@ class Plan:
             raise ValueError(f"a block is written by a 'clean' pass, by the 'same' pass or 'none', got {self.write!r}")
 
 
-def rollout(model, plan: Plan, ends: list[Float[Tensor, "b c _ h w"]], cond: Cond, cache=None, generator=None,
+def rollout(model, plan: Plan, ends: Sequence[Float[Tensor, "b c _ h w"]], cond: Cond, cache=None, generator=None,
             first: Sequence[Float[Tensor, "b c _ h w"]] = ()) -> Float[Tensor, "b c f h w"]:
-    """Make one block of every tensor of noise in `ends` (a list of blocks `b c f h w`), in order; returns all frames.
+    """Make one block of every tensor of noise in `ends` (a sequence of blocks `b c f h w`), in order; returns all frames.
 
     cond:  a caption for all (`b l`) or one a block (`b s l`, the last goes on); block i is told `cond.at(i, start)`
-    first: known blocks before the first that is made (a list; each written by a clean pass); they are part of the result
+    first: known blocks before the first that is made (each written by a clean pass); they are part of the result
     Wrap the call in `torch.no_grad()` to sample; without it gradients flow within each block, and across blocks where
     `plan.detach` is off.
     """
