@@ -31,7 +31,8 @@ def test_round_trip(file):
 
 @pytest.mark.parametrize("grid", [dict(levels=[2, 2, 2, 2]), dict(codes=16)])
 def test_a_tokenizer_with_codes_comes_back_with_them(tmp_path, grid):
-    tok, clip = weights.build("tokenizer", SETTINGS | grid), torch.rand(2, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    clip = torch.rand(2, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    tok = weights.build("tokenizer", SETTINGS | grid)
     tok.train()(clip)  # one pass of learning moves the codes that learn
     weights.save(tmp_path / "q.safetensors", tok, "tokenizer", SETTINGS | grid, {})
     back = weights.load(tmp_path / "q.safetensors")
