@@ -167,6 +167,11 @@ CLAIMS = Claims(
     },
     tests=[
         Floor("frames: a window is enough for a third of the heads", "windows", "frames", at_least=1 / 3),
+        Floor("block: a returning scene has its colour", "colour", "block: all", at_least=0.9),
+        Floor("block: by memory alone", "colour", "block: two", at_most=0.4),
+        Floor("block: its 30th chunk shows one body, as told", "late", "block: 32 chunks", at_least=0.8),
+        Floor("block: it doesn't wear out", "kept", "block: 32 chunks", at_least=0.9),
+        Floor("block: it doesn't blur", "sharpness", "block: 32 chunks", at_least=0.7),
         Floor("tok-v draws the world", "world", "tok-v", at_least=32.0),
         Floor("tok-v draws natural clips", "natural", "tok-v", at_least=26.0),
         Floor("tok-v needs few numbers", "fewer", "tok-v", at_least=16.0),

@@ -14,6 +14,7 @@ as given; one symmetric grid a row, nearest. QuantVGGT: rotated, then smoothed, 
 bits 256 codewords of 4 and 2 weights, a codebook a role, at 3 bits 64 pairs, a codebook a layer, calibrated as in its own claim.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -82,17 +83,19 @@ def stored(layers: dict[str, QuantisedLinear]) -> float:
     return 8.0 * sum(layer.nbytes for layer in layers.values())
 
 
-# --- ways to spend bits -------------------------------------------------------------------------------------------------
+# --- ways to spend bits: the model, and how many it stores --------------------------------------------------------------
+
+Small = tuple[nn.Module, float]
 
 
-def nearest(seed, fast, bits, group):
+def to_nearest(seed: int, fast: bool, bits: int, group: int | None) -> Small:
     """To the nearest value. group: weights of a row that share a grid; None for the whole row."""
     split = lambda w: w if group is None else w.unflatten(1, (-1, group))
     new = {name: QuantisedLinear.of(m, quant.minmax(split(m.weight.detach()), bits, -1)) for name, m in linears(fast).items()}
-    return scored(seed, fast, swap(loaded("video"), new), stored(new))
+    return swap(loaded("video"), new), stored(new)
 
 
-def in_turn(seed, fast, recorder, make):
+def in_turn(seed: int, fast: bool, recorder: Callable, make: Callable) -> Small:
     """The model's parts, one after the other, each made from what it gets when those before it are quantised."""
     model, new = loaded("video"), {}
     for place in ("mod", *BLOCKS):
@@ -101,19 +104,19 @@ def in_turn(seed, fast, recorder, make):
             record(model, lists.calls(seed, fast, "train"), seen := {name: recorder() for name in own})
             new |= (now := {name: make(m, seen[name]) for name, m in own.items()})
             model = swap(model, now)
-    return scored(seed, fast, model, stored(new))
+    return model, stored(new)
 
 
 def clipped(w: Tensor, bits: int) -> quant.Steps:
     return quant.search(w, quant.minmax(w, bits, 1), 1, 2.4).stored()
 
 
-def gptq(seed, fast, bits):
+def by_gptq(seed: int, fast: bool, bits: int) -> Small:
     """Column by column."""
     return in_turn(seed, fast, Gram, lambda m, seen: QuantisedLinear.of(m, clipped(m.weight.detach(), bits), seen.xx))
 
 
-def searched(seed, fast, bits):
+def by_search(seed: int, fast: bool, bits: int) -> Small:
     """DMMV: the largest error of each output made small, from GPTQ's codes."""
 
     def make(m, seen):
@@ -128,7 +131,7 @@ def searched(seed, fast, bits):
     return in_turn(seed, fast, dmmv.Inputs, make)
 
 
-def shared_out(seed, fast, bits):
+def by_curvature(seed: int, fast: bool, bits: int) -> Small:
     """HAWQ-V3: so many bits on average, more where the loss is curved."""
     model, own = loaded("video"), linears(fast)
     call, target = curves.calls(seed, 2 if fast else 8, "train")
@@ -139,7 +142,7 @@ def shared_out(seed, fast, bits):
     choice = quant.allocate(sensitivity(trace, matrices, OPTIONS), [(size, bits * sum(w.numel() for w in matrices))])
     new = {name: QuantisedLinear.of(m, quant.symmetric(m.weight.detach(), OPTIONS[k], 1))
            for (name, m), k in zip(own.items(), choice.tolist(), strict=True)}  # fmt: skip
-    return scored(seed, fast, swap(model, new), stored(new))
+    return swap(model, new), stored(new)
 
 
 class Told(nn.Module):
@@ -153,7 +156,7 @@ class Told(nn.Module):
         return self.inside(x, self.t, self.cond)
 
 
-def rotated(seed, fast, bits):
+def by_rotation(seed: int, fast: bool, bits: int) -> Small:
     """QuantVGGT: rotated and smoothed, inputs in 8 bits."""
     x, t, cond = lists.calls(seed, fast, "train")[0]
     own, told = [f"inside.{name}" for name in names(fast)], Told(loaded("video"), t, cond)
@@ -163,10 +166,10 @@ def rotated(seed, fast, bits):
     parts = {name: small.get_submodule(name) for name in own}
     scales = sum(part.s.numel() for part in parts.values())  # in fp16; the rotations' signs are a seed
     total = stored({name: part.packed() for name, part in parts.items()}) + 16 * scales
-    return scored(seed, fast, quantvggt.folded(small).inside, total)
+    return quantvggt.folded(small).get_submodule("inside"), total
 
 
-def codewords(seed, fast, bits):
+def by_codewords(seed: int, fast: bool, bits: int) -> Small:
     """VQ4DiT."""
     book = dict(d=2 if bits > 2 else 4, k=16 if fast else 64 if bits == 3 else 256, shared=bits != 3)
     s = vq4dit.Settings(**book, **(words.TUNED | (dict(quick=2.0) if fast else {})))
@@ -174,7 +177,34 @@ def codewords(seed, fast, bits):
     vq4dit.calibrate(model, words.pairs(seed, fast, "walk"), BLOCKS, s)
     biases = 32 * sum(m.bias.numel() for m in linears(fast).values())
     weights = sum(m.weight.numel() for m in linears(fast).values())
-    return scored(seed, fast, model, vq4dit.bits(model)["total"] * weights + biases)
+    return model, vq4dit.bits(model)["total"] * weights + biases
+
+
+# --- arms ---------------------------------------------------------------------------------------------------------------
+
+
+def nearest(seed, fast, bits, group):
+    return scored(seed, fast, *to_nearest(seed, fast, bits, group))
+
+
+def gptq(seed, fast, bits):
+    return scored(seed, fast, *by_gptq(seed, fast, bits))
+
+
+def searched(seed, fast, bits):
+    return scored(seed, fast, *by_search(seed, fast, bits))
+
+
+def shared_out(seed, fast, bits):
+    return scored(seed, fast, *by_curvature(seed, fast, bits))
+
+
+def rotated(seed, fast, bits):
+    return scored(seed, fast, *by_rotation(seed, fast, bits))
+
+
+def codewords(seed, fast, bits):
+    return scored(seed, fast, *by_codewords(seed, fast, bits))
 
 
 # --- what is decided before the run -------------------------------------------------------------------------------------
