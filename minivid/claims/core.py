@@ -120,7 +120,7 @@ def recall(seed, fast, past):
 
     past: "all" of it is in the cache, or the last "two" chunks: only B, and then A's colour is chance (its shape is told)
     """
-    n, tok, found = 4 if fast else 64, weights.load("tok-f"), []
+    n, tok, found = 4 if fast else 32, weights.load("tok-f"), []
     films = scenes("recurrent", n, 5000 + seed, "held-out")
     for chunks in sorted({film.cuts[2].start // 4 for film in films}):  # A and B last 2 to 4 chunks each
         some = [film for film in films if film.cuts[2].start == 4 * chunks]
@@ -137,7 +137,7 @@ def lasting(seed, fast):
 
     Two chunks are true; the other 30 are made, four times the eight chunks of training, with the last seven in the cache.
     """
-    n, tok, chunks = 2 if fast else 16, weights.load("tok-f"), 8 if fast else 32
+    n, tok, chunks = 2 if fast else 8, weights.load("tok-f"), 8 if fast else 32
     films = scenes("recurrent", n, 6000 + seed)
     known = tok.encode(world.batch(films, 32, 8))
     clips = tok.decode(sample.film([told(f, chunks) for f in films], known, Window(7), seed, 5 if fast else 20))
