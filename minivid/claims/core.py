@@ -137,7 +137,7 @@ def lasting(seed, fast):
 
     Two chunks are true; the other 30 are made, four times the eight chunks of training, with the last seven in the cache.
     """
-    n, tok, chunks = 2 if fast else 8, weights.load("tok-f"), 8 if fast else 32
+    n, tok, chunks = 2 if fast else 6, weights.load("tok-f"), 8 if fast else 32
     films = scenes("recurrent", n, 6000 + seed)
     known = tok.encode(world.batch(films, 32, 8))
     clips = tok.decode(sample.film([told(f, chunks) for f in films], known, Window(7), seed, 5 if fast else 20))
