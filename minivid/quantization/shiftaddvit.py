@@ -235,7 +235,7 @@ def converted(model: nn.Module, names: Iterable[str], make: Callable[[nn.Linear]
 
 
 def distil(student: nn.Module, pairs: Iterable[tuple[tuple, Tensor]], rate: float = 1e-4,
-           latency: Sequence[float | int] | None = None, weight: float = 0.01) -> list[float]:  # fmt: skip
+           latency: Sequence[float | int] | None = None, weight: float | int = 0.01) -> list[float]:  # fmt: skip
     """One step of Adam for each pair (call, what the teacher said); returns the relative squared errors.
 
     latency: None for no balance, else `weight` times the mean balance of all mixtures is added
@@ -258,12 +258,12 @@ def distil(student: nn.Module, pairs: Iterable[tuple[tuple, Tensor]], rate: floa
 # --- the bill ---------------------------------------------------------------------------------------------------------
 
 
-def energy(multiply: float = 0, add: float = 0, shift: float = 0) -> float:
+def energy(multiply: float | int = 0, add: float | int = 0, shift: float | int = 0) -> float:
     """Picojoules of so many 32-bit operations; the sum that follows a shift is an `add`, and charged."""
     return PICOJOULE["multiply"] * multiply + PICOJOULE["add"] * add + PICOJOULE["shift"] * shift
 
 
-def layer_energy(n: int, i: int, o: int, shifted: float = 0.0, routed: bool = False) -> float:
+def layer_energy(n: int, i: int, o: int, shifted: float | int = 0.0, routed: bool = False) -> float:
     """Of n tokens through a layer i -> o of which a share shifts; `routed` adds the router's own products."""
     router = 2 * n * i * routed
     return energy((1 - shifted) * n * i * o + router, n * i * o + router, shifted * n * i * o)
