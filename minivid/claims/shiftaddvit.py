@@ -8,7 +8,7 @@ feed-forward layers, relative to the float model, counted (not measured) with th
 routers.
 
 All arms learn by distillation of the float model's output on training clips with noise, four clips a step, Adam, all parameters.
-A stage has 200 steps. "attention", "linear", "shift" and "uniform" have one stage; "both" and the mixtures have attention first and
+A stage has 200 steps. "attention", "linear", "shift", "uniform" have one stage; "both" and the mixtures have attention first and
 then, in a second one, feed-forward layers. "float, both stages" is the additive model tuned for two stages. "uniform" are 5-bit
 weights on an even grid a row, learnt straight through with the steps that were searched at the start: as many bits as shifts.
 Mixtures learn with lambda = 0.1 (paper: 0.01 over 100 epochs); "random" routes the same share (60 %) by chance, "no loss" without
