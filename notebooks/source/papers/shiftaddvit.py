@@ -13,7 +13,8 @@
 # %% [markdown]
 # # ShiftAddViT: who may still multiply?
 #
-# A 32-bit product costs 3.7 pJ, a sum 0.9, a shift 0.13. ShiftAddViT takes a trained transformer and exchanges its products for sums
+# A 32-bit product costs 3.7 pJ, a sum 0.9, a shift 0.13. ShiftAddViT takes a trained transformer and exchanges its
+# products for sums
 # and shifts, and lets a router send the tokens that need it to the last real products.
 #
 # *Ten minutes, one processor core. Surgery: a trained model in, one of cheaper primitives out.* At the end you can
@@ -35,7 +36,8 @@ _ = torch.set_num_threads(1)
 # %% [markdown]
 # ## The picture first
 #
-# The weights of one layer of our video model. Above, the places that an even grid of five bits gives them; below, the powers of two that
+# The weights of one layer of our video model. Above, the places that an even grid of five bits gives them; below, the
+# powers of two that
 # five bits can name. Powers crowd around zero, where weights are, and leave wide gaps where the large ones stand.
 
 # %%
@@ -74,8 +76,10 @@ plots.figure(lines, (7.2, 2.9), "two grids of five bits", alt, (1, 2))
 #
 # $$y = \tfrac12 v + \tfrac1\pi\, b_q\,(b_k^\top v),$$
 #
-# then each $y$ is brought to one length, and a small convolution of $v$ is added. The inner bracket is a $d \times d$ table, so no map
-# of all pairs of tokens is ever formed. For linear layers, $w \approx \mathrm{sign}(w)\, 2^{\mathrm{round}(\log_2 |w|)}$: a shift and a sum.
+# then each $y$ is brought to one length, and a small convolution of $v$ is added. The inner bracket is a $d \times d$
+# table, so no map
+# of all pairs of tokens is ever formed. For linear layers, $w \approx \mathrm{sign}(w)\, 2^{\mathrm{round}(\log_2 |w|)}$:
+# a shift and a sum.
 #
 # Where that hurts, two experts stand side by side, and each token goes to one. A loss, the squared variation of
 # *latency times tokens*, is least where the slower expert has fewer of them.
@@ -99,8 +103,10 @@ print("largest difference:", f"{(bits.float().T @ v - sums).abs().max():.0e}")
 # %% [markdown]
 # ## The knob: how slow is a product?
 #
-# A router learns on random tokens, with nothing but the balance loss. **Turn the latency of a product** (of a shift: 1). The line is the share
-# that the latencies ask for; bars show the share of tokens that shift after each number of steps. The loss works on *soft* counts, the
+# A router learns on random tokens, with nothing but the balance loss. **Turn the latency of a product** (of a shift: 1).
+# The line is the share
+# that the latencies ask for; bars show the share of tokens that shift after each number of steps. The loss works on
+# *soft* counts, the
 # bars are hard ones, and where logits are close to each other the two differ.
 
 # %%
@@ -142,7 +148,8 @@ play.knobs(shares, settled=[{"latency": k} for k in (1, 4, 9)], latency=play.Cho
 # %% [markdown]
 # ## Predict, then run
 #
-# **Predict:** five bits a weight, twice. Which grid errs less, even or powers of two? And what does a layer of 80 tokens cost with each?
+# **Predict:** five bits a weight, twice. Which grid errs less, even or powers of two? And what does a layer of 80 tokens
+# cost with each?
 
 # %%
 off = lambda values: ((values - w).square().sum() / w.square().sum()).item()
@@ -152,7 +159,8 @@ for share in (0.0, 0.6, 1.0):
 print("bytes of the packed weights:", paper.Shift(layer).packed().packed.numel(), "of", 4 * w.numel())
 
 # %% [markdown]
-# The bill counts every sum, those after a shift too. The released table leaves them out, and memory is in neither. And no processor
+# The bill counts every sum, those after a shift too. The released table leaves them out, and memory is in neither. And no
+# processor
 # of yours is faster by any of it: a matrix product is what it was built for.
 #
 # ## Exercise
@@ -190,7 +198,8 @@ else:
 #
 # ## The law of limits
 #
-# A layer whose weights are powers of two already is not changed. And integers that are shifted and added give the same numbers, exactly.
+# A layer whose weights are powers of two already is not changed. And integers that are shifted and added give the same
+# numbers, exactly.
 
 # %%
 exact = nn.Linear(8, 4, bias=False)
@@ -203,14 +212,16 @@ print("same sums:", torch.equal(by_shifts, (whole.double() / 2**16) @ exact.weig
 # %% [markdown]
 # ## The claim
 #
-# The whole video model, tuned by distillation for the same steps a stage; three seeds, margins fixed before. "Both" shifts all feed-forward
+# The whole video model, tuned by distillation for the same steps a stage; three seeds, margins fixed before. "Both"
+# shifts all feed-forward
 # layers of the additive model; the mixtures let a router choose, "random" lets chance.
 
 # %% tags=["nbval-ignore-output"]
 result = claims.read("shiftaddvit")
 arms = ("attention", "linear", "shift", "uniform", "float, both stages", "both", "mixture, 6:4", "no loss", "random")
 value = lambda arm, metric: result["arms"][arm]["values"][metric]
-show.bars({arm: value(arm, "error") for arm in arms}, "relative output error, unseen clips (a dot a seed)", "What each primitive costs")
+errors = {arm: value(arm, "error") for arm in arms}
+show.bars(errors, "relative output error, unseen clips (a dot a seed)", "What each primitive costs")
 
 # %% tags=["nbval-ignore-output"]
 point = lambda arm: ([value(arm, "energy")[0]], [value(arm, "error")[0]])
@@ -220,7 +231,8 @@ show.lines({arm: point(arm) for arm in arms}, "energy, share of the float model'
 show.verdict("shiftaddvit")
 
 # %% [markdown]
-# The authors report up to 5.18 times less latency on a GPU with kernels of their own, and 42.9 % less energy, at comparable accuracy.
+# The authors report up to 5.18 times less latency on a GPU with kernels of their own, and 42.9 % less energy, at
+# comparable accuracy.
 #
 # ## Where next
 #
