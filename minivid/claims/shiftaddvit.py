@@ -131,7 +131,7 @@ def converted(seed, fast, attention="dense", feed="float", latency=None, chance=
     model = loaded("video") if attention == "dense" else attending(seed, fast, attention == "additive")
     model = copy.deepcopy(model)
     if feed != "float":
-        model = copy.deepcopy(swap(model, {name: expert(feed, seed, chance)(model.get_submodule(name)) for name in own(model)}))
+        model = swap(model, {name: expert(feed, seed, chance)(model.get_submodule(name)) for name in own(model)})
     if feed != "float" or stages == 2:
         tuned(model, seed, fast, 1 if stages == 2 else 0, latency, 0.1)
     return measured(seed, fast, model, attention)

@@ -225,7 +225,8 @@ show.bars(errors, "relative output error, unseen clips (a dot a seed)", "What ea
 
 # %% tags=["nbval-ignore-output"]
 point = lambda arm: ([value(arm, "energy")[0]], [value(arm, "error")[0]])
-show.lines({arm: point(arm) for arm in arms}, "energy, share of the float model's", "relative output error", "Energy against error")
+curves = {arm: point(arm) for arm in arms}
+show.lines(curves, "energy, share of the float model's", "relative output error", "Energy against error")
 
 # %%
 show.verdict("shiftaddvit")
