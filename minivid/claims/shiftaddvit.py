@@ -1,0 +1,220 @@
+"""ShiftAddViT on `video`: what additions and shifts cost in quality, who is routed where, and what it saves on paper.
+
+"error" is |y - y'|^2 / |y|^2 of the model's outputs over held-out clips (held-out captions) at ten levels of noise, y the float
+model's; "loss" the held-out diffusion loss (mean squared error of the velocity) on the same. "share" is the share of tokens that
+shift there, over all routers; "energy" the picojoules of one clip's pass through the six blocks' attention products and
+feed-forward layers, relative to the float model, counted (not measured) with the table of the paper, each accumulation charged;
+"bytes" of the feed-forward weights and biases relative to fp32, packed where they can be. A seed is a draw of clips, noise and
+routers.
+
+All arms learn by distillation of the float model's output on training clips with noise, four clips a step, Adam, all parameters.
+A stage has 200 steps. "attention", "linear", "shift", "uniform" have one stage; "both" and the mixtures have attention first and
+then, in a second one, feed-forward layers. "float, both stages" is the additive model tuned for two stages. "uniform" are 5-bit
+weights on an even grid a row, learnt straight through with the steps that were searched at the start: as many bits as shifts.
+Mixtures learn with lambda = 0.1 (paper: 0.01 over 100 epochs); "random" routes the same share (60 %) by chance, "no loss" without
+balance. "gain" is (random - mixture) / (both - float, both stages) of one seed's errors, at 6:4. Learning rates are not tuned.
+"""
+
+import copy
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivid import world
+from minivid.core import corpus, fit, noise, text, weights
+from minivid.core.baselines import quant
+from minivid.core.model import Cond
+from minivid.core.surgery import parts, swap
+from minivid.lab import measure
+from minivid.lab.claims import Arm, Claims, Compare, Floor
+from minivid.quantization import shiftaddvit as paper
+
+FILES = [f"minivid/weights/{name}.safetensors" for name in ("video", "tok-v")]
+STEPS, CLIPS, BATCH, HELD, TIMES = (200, 2), (64, 2), (4, 2), (16, 2), (10, 2)  # full, fast
+QUICK, SLOW = 3e-4, 1e-4  # learning rates of the first and the second stage
+TOKENS, WIDE, HEADS = 80, 128, 4
+
+# --- material -----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(2)
+def loaded(name: str) -> nn.Module:
+    return weights.load(name)
+
+
+@lru_cache(4)
+def clips(seed: int, n: int, split: str) -> tuple[Tensor, Tensor]:
+    """Latents and captions."""
+    found = corpus.scenes("base", n, 40_000 + seed, split)
+    with torch.no_grad():
+        latent = torch.cat([loaded("tok-v").encode(world.batch(found[i : i + 8], 32, 17)) for i in range(0, n, 8)])
+    return latent, text.tokens([world.caption(scene) for scene in found], 16)
+
+
+def pairs(seed: int, fast: bool, stage: int) -> Iterator[tuple[tuple, Tensor]]:
+    """Calls at random times, with what the float model says."""
+    latent, words = clips(seed, CLIPS[fast], "train")
+    for i in range(STEPS[fast]):
+        dice = fit.draws(seed, 10_000 * stage + i)
+        some = torch.randint(len(latent), (BATCH[fast],), generator=dice)
+        t = torch.rand(len(some), 1, generator=dice).expand(-1, latent.shape[2])
+        x = latent[some]
+        call = noise.flow().at(x, torch.randn(x.shape, generator=dice), t), t, Cond(text=words[some])
+        with torch.no_grad():
+            yield call, loaded("video")(*call)
+
+
+@lru_cache(2)
+def held(seed: int, fast: bool) -> list[tuple[tuple, Tensor, Tensor]]:
+    """Calls that nothing was fitted to, what the float model says, and what is true."""
+    latent, words = clips(9000 + seed, HELD[fast], "held-out")
+    found = []
+    for i, t in enumerate(noise.table(TIMES[fast], latent.shape[2], 3.0)[:-1]):
+        eps = torch.randn(latent.shape, generator=fit.draws(seed, 900_000 + i))
+        t = t.expand(len(latent), -1)
+        call = noise.flow().at(latent, eps, t), t, Cond(text=words)
+        with torch.no_grad():
+            found.append((call, loaded("video")(*call), eps - latent))
+    return found
+
+
+# --- arms ---------------------------------------------------------------------------------------------------------------
+
+
+class Uniform(nn.Module):
+    """Weights on an even grid of 5 bits a row, learnt straight through."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.latent, self.bias = nn.Parameter(linear.weight.detach().clone()), nn.Parameter(linear.bias.detach().clone())
+        w = self.latent.detach()
+        self.grid = quant.search(w, quant.symmetric(w, 5, 1), 1).stored()
+
+    def forward(self, x):
+        return F.linear(x, quant.fake_quantise(self.latent, self.grid), self.bias)
+
+    def packed(self) -> quant.QuantisedLinear:
+        linear = nn.Linear(*self.latent.shape[::-1])
+        linear.load_state_dict({"weight": self.latent, "bias": self.bias})
+        return quant.QuantisedLinear.of(linear, self.grid)
+
+
+def own(model: nn.Module) -> list[str]:
+    return [name for name, _, role in parts(model) if role in ("fc1", "fc2") and name.startswith("trunk")]
+
+
+def tuned(model: nn.Module, seed: int, fast: bool, stage: int, latency=None, weight=0.0) -> nn.Module:
+    torch.manual_seed(seed)
+    model.requires_grad_(True)
+    paper.distil(model, pairs(seed, fast, stage), SLOW if stage else QUICK, latency, weight)
+    return model.eval().requires_grad_(False)
+
+
+@lru_cache(3)
+def attending(seed: int, fast: bool, coded: bool) -> nn.Module:
+    """The first stage: linear attention, with codes or without."""
+    new = {f"trunk.blocks.{i}.attention.attend": paper.Additive(HEADS, coded) for i in range(6)}
+    return tuned(copy.deepcopy(swap(loaded("video"), new)), seed, fast, 0)
+
+
+def expert(kind: str, seed: int, chance: float | None):
+    if kind == "mixture":
+        return lambda part: paper.Mixture(part, torch.Generator().manual_seed(seed), chance=chance)
+    return {"shift": paper.Shift, "uniform": Uniform}[kind]
+
+
+def converted(seed, fast, attention="dense", feed="float", latency=None, chance=None, stages=1):
+    """attention: "dense", "linear", "additive"; feed: "float", "shift", "uniform", "mixture" (latency None: no balance)."""
+    model = loaded("video") if attention == "dense" else attending(seed, fast, attention == "additive")
+    model = copy.deepcopy(model)
+    if feed != "float":
+        model = swap(model, {name: expert(feed, seed, chance)(model.get_submodule(name)) for name in own(model)})
+    if feed != "float" or stages == 2:
+        tuned(model, seed, fast, 1 if stages == 2 else 0, latency, 0.1)
+    return measured(seed, fast, model, attention)
+
+
+def gap(seed, fast):
+    """What a learnt router spares of the gap between all products and all shifts, compared with a random one."""
+    error = lambda **how: converted(seed, fast, **({"attention": "additive", "stages": 2} | how))["error"]
+    most, least = error(feed="shift"), error()
+    learnt, chance = error(feed="mixture", latency=[6, 4]), error(feed="mixture", chance=0.6)
+    return {"gain": (chance - learnt) / max(most - least, 1e-9), "gap": most - least}
+
+
+@torch.no_grad()
+def measured(seed: int, fast: bool, model: nn.Module, attention: str) -> dict[str, float]:
+    lost, size, off, shares = 0.0, 0.0, 0.0, []
+    for call, y, truth in held(seed, fast):
+        out = model(*call)
+        lost, size = lost + (out - y).square().sum().item(), size + y.square().sum().item()
+        off += F.mse_loss(out, truth).item()
+        shares += [one.shifted.float().mean().item() for one in paper.mixtures(model).values()]
+    made = [part for _, part in model.named_modules() if isinstance(part, (paper.Mixture, paper.Shift, Uniform))]
+    routed = bool(shares)
+    share = sum(shares) / len(shares) if routed else float(any(isinstance(part, paper.Shift) for part in made))
+    bill = lambda kind, share, routed: 6 * (paper.attention_energy(TOKENS, WIDE // HEADS, HEADS, kind) + 2 * paper.layer_energy(
+        TOKENS, WIDE, 3 * WIDE, share, routed))  # fmt: skip
+    found = {"error": lost / size, "loss": off / len(held(seed, fast)), "share": share,
+             "energy": bill(attention, share, routed) / bill("dense", 0.0, False)}  # fmt: skip
+    return found | {"bytes": sum(map(stored, feeds(model))) / sum(map(measure.stored_bytes, feeds(loaded("video"))))}
+
+
+def feeds(model: nn.Module) -> list[nn.Module]:
+    return [model.get_submodule(f"trunk.blocks.{i}.{name}") for i in range(6) for name in ("fc1", "fc2")]
+
+
+def stored(part: nn.Module) -> int:
+    if isinstance(part, paper.Mixture):
+        return sum(stored(one) for one in (*part.experts, part.router))
+    return measure.stored_bytes(part.packed() if isinstance(part, (paper.Shift, Uniform)) else part)
+
+
+# --- what is decided before the run -------------------------------------------------------------------------------------
+
+MIXED = dict(attention="additive", feed="mixture", stages=2)
+RATIOS = {"1:1": 0.5, "6:4": 0.6, "9:1": 0.9}
+ARMS = {
+    "attention": Arm(converted, FILES, attention="additive"),
+    "linear": Arm(converted, FILES, attention="linear"),
+    "shift": Arm(converted, FILES, feed="shift"),
+    "uniform": Arm(converted, FILES, feed="uniform"),
+    "float, both stages": Arm(converted, FILES, attention="additive", stages=2),
+    "both": Arm(converted, FILES, attention="additive", feed="shift", stages=2),
+    **{f"mixture, {name}": Arm(converted, FILES, latency=[int(x) for x in name.split(":")], **MIXED) for name in RATIOS},
+    "no loss": Arm(converted, FILES, **MIXED),
+    "random": Arm(converted, FILES, chance=0.6, **MIXED),
+    "gap": Arm(gap, FILES),
+}
+
+
+def less(method: str, baseline: str, margin: float = 0.0, counts: bool = True, metric: str = "error") -> Compare:
+    """`margin` is a share of the baseline's value."""
+    return Compare(f"{metric}: {method} under {baseline}", metric, method, baseline, margin, False, True, counts)
+
+
+CLAIMS = Claims(
+    "shiftaddvit",
+    arms=ARMS,
+    tests=[
+        # 1: attention survives, feed-forward layers don't
+        less("attention", "shift"),
+        less("linear", "attention", 0.0, False),
+        less("uniform", "shift", 0.0, False),
+        less("attention", "both", 0.0, False),
+        # 2: latencies steer
+        *(Floor(f"share at {name}: at least", "share", f"mixture, {name}", at_least=p - 0.05) for name, p in RATIOS.items()),
+        *(Floor(f"share at {name}: at most", "share", f"mixture, {name}", at_most=p + 0.05) for name, p in RATIOS.items()),
+        # 3: between, and better than chance
+        less("mixture, 6:4", "both"),
+        less("float, both stages", "mixture, 6:4", 0.0, False),
+        less("mixture, 6:4", "random", 0.0, False),
+        Floor("learnt routes spare a tenth of the gap", "gain", "gap", at_least=0.1),
+        less("mixture, 6:4", "both", 0.0, False, "energy"),
+    ],
+    minutes=14,
+    tolerance=0.1,
+)

@@ -1,0 +1,241 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # ShiftAddViT: who may still multiply?
+#
+# A 32-bit product costs 3.7 pJ, a sum 0.9, a shift 0.13. ShiftAddViT takes a trained transformer and exchanges its
+# products for sums
+# and shifts, and lets a router send the tokens that need it to the last real products.
+#
+# *Ten minutes, one processor core. Surgery: a trained model in, one of cheaper primitives out.* At the end you can
+# - write a product of matrices as "add this row or skip it";
+# - say what a grid of powers of two is bad at, and what it is good for;
+# - steer a router by the latencies of its experts.
+
+# %%
+import torch
+from torch import nn
+
+from minivid.core import weights
+from minivid.core.baselines.quant import dequantise, quantise, search, symmetric
+from minivid.lab import claims, play, plots, show
+from minivid.quantization import shiftaddvit as paper
+
+_ = torch.set_num_threads(1)
+
+# %% [markdown]
+# ## The picture first
+#
+# The weights of one layer of our video model. Above, the places that an even grid of five bits gives them; below, the
+# powers of two that
+# five bits can name. Powers crowd around zero, where weights are, and leave wide gaps where the large ones stand.
+
+# %%
+model = weights.load("video")
+layer = model.get_submodule("trunk.blocks.2.fc1")
+w = layer.weight.detach()
+grid = search(w, symmetric(w, 5), ())
+even, shifted = dequantise(quantise(w, grid), grid), paper.Shift(layer).weight.detach()
+
+
+def lines(axes):
+    for ax, values, title in zip(axes, (even, shifted), ("even grid", "powers of two"), strict=True):
+        off = ((values - w).square().sum() / w.square().sum()).item()
+        ax.hist(w.flatten().numpy(), 120, color="#BBBBBB")
+        ax.plot(values.unique().numpy(), 0 * values.unique().numpy(), "|", color="#0072B2", ms=22)
+        ax.set(title=f"{title}: error {off:.4f}", xlabel="weight", ylabel="how many", xlim=(-0.8, 0.8))
+
+
+alt = "A histogram of weights with ticks below: evenly spaced for the even grid, crowding towards zero for powers of two."
+plots.figure(lines, (7.2, 2.9), "two grids of five bits", alt, (1, 2))
+
+# %% [markdown]
+# ## You have not read the paper: how would you do it?
+#
+# Attention multiplies queries by keys, and what comes of it by values. How could one get rid of these products?
+#
+# <details><summary>An answer</summary>
+#
+# Make queries and keys 0 or 1. A value times 0 or 1 is no product: it is added, or skipped.
+#
+# </details>
+#
+# ## The idea
+#
+# With codes $b = \mathbb 1[x > \theta]$ of the unit vectors,
+#
+# $$y = \tfrac12 v + \tfrac1\pi\, b_q\,(b_k^\top v),$$
+#
+# then each $y$ is brought to one length, and a small convolution of $v$ is added. The inner bracket is a $d \times d$
+# table, so no map
+# of all pairs of tokens is ever formed. For linear layers, $w \approx \mathrm{sign}(w)\, 2^{\mathrm{round}(\log_2 |w|)}$:
+# a shift and a sum.
+#
+# Where that hurts, two experts stand side by side, and each token goes to one. A loss, the squared variation of
+# *latency times tokens*, is least where the slower expert has fewer of them.
+#
+# ## The package's own source
+
+# %%
+show.source(paper.linear_angular, paper.power, paper.engine, paper.Mixture.forward, paper.balance)
+
+# %% [markdown]
+# ## Add or skip
+#
+# The same table twice: by a product of matrices, and by sums of those rows whose bit is set.
+
+# %%
+dice = torch.Generator().manual_seed(0)
+v, bits = torch.randn(80, 32, generator=dice), torch.rand(80, 32, generator=dice) > 0.5
+sums = torch.stack([v[bits[:, j]].sum(0) for j in range(32)])
+print("largest difference:", f"{(bits.float().T @ v - sums).abs().max():.0e}")
+
+# %% [markdown]
+# ## The knob: how slow is a product?
+#
+# A router learns on random tokens, with nothing but the balance loss. **Turn the latency of a product** (of a shift: 1).
+# The line is the share
+# that the latencies ask for; bars show the share of tokens that shift after each number of steps. The loss works on
+# *soft* counts, the
+# bars are hard ones, and where logits are close to each other the two differ.
+
+# %%
+x = torch.randn(400, 16, generator=dice)
+
+
+def routed(latency):
+    router = paper.Mixture(nn.Linear(16, 16), torch.Generator().manual_seed(0)).router
+    optimiser, shares = torch.optim.Adam(router.parameters(), lr=0.02), []
+    for step in range(101):
+        logits = router(x)
+        if step % 20 == 0:
+            shares.append((logits[:, 1] > logits[:, 0]).float().mean().item())
+        optimiser.zero_grad()
+        paper.balance(logits, (latency, 1)).backward()
+        optimiser.step()
+    return shares
+
+
+traffic = {latency: routed(latency) for latency in (1, 2, 4, 9)}
+
+
+# %%
+def shares(latency):
+    want, found = latency / (latency + 1), traffic[latency]
+
+    def draw(ax):
+        ax.bar(range(0, 101, 20), found, width=12, color="#0072B2")
+        ax.axhline(want, color="#E69F00", ls="--")
+        ax.set(xlabel="step", ylabel="share of tokens that shift", ylim=(0, 1), title=f"asked {want:.2f}, found {found[-1]:.2f}")
+
+    alt = f"A product {latency} times as slow: asked for {want:.2f} of the tokens on the shift, found {found[-1]:.2f}."
+    return plots.figure(draw, (4.2, 2.8), f"traffic at {latency}", alt)
+
+
+# %% tags=["nbval-ignore-output"]
+play.knobs(shares, settled=[{"latency": k} for k in (1, 4, 9)], latency=play.Choice([1, 2, 4, 9]))
+
+# %% [markdown]
+# ## Predict, then run
+#
+# **Predict:** five bits a weight, twice. Which grid errs less, even or powers of two? And what does a layer of 80 tokens
+# cost with each?
+
+# %%
+off = lambda values: ((values - w).square().sum() / w.square().sum()).item()
+print(f"error: even {off(even):.4f}, powers of two {off(shifted):.4f}")
+for share in (0.0, 0.6, 1.0):
+    print(f"{share:.0%} of the tokens shift: {paper.layer_energy(80, 128, 384, share) / 1e6:.1f} million pJ")
+print("bytes of the packed weights:", paper.Shift(layer).packed().packed.numel(), "of", 4 * w.numel())
+
+# %% [markdown]
+# The bill counts every sum, those after a shift too. The released table leaves them out, and memory is in neither. And no
+# processor
+# of yours is faster by any of it: a matrix product is what it was built for.
+#
+# ## Exercise
+#
+# Complete `nearest`: the power of two that is nearest to each weight *in the logarithm*, with its sign.
+
+# %% tags=["exercise"]
+
+
+def nearest(w):
+    """w: weights of any shape, none of them 0. Returns powers of two with the signs of w."""
+    return w.sign()  # not right yet: all of size 1
+
+
+# %% tags=["exercise-check"]
+import torch
+
+w_ = torch.tensor([0.3, -0.7, 0.05, 1.0, -0.25])
+right = torch.tensor([0.25, -0.5, 0.0625, 1.0, -0.25])
+if torch.equal(nearest(w_), right):
+    print("Right.")
+else:
+    print(f"Wanted {right.tolist()}, yours are {nearest(w_).tolist()}: round log2 of the size, then raise 2 to it.")
+    print("Not yet.")
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def nearest(w):
+#     return w.sign() * 2 ** w.abs().log2().round()
+# ```
+#
+# </details>
+#
+# ## The law of limits
+#
+# A layer whose weights are powers of two already is not changed. And integers that are shifted and added give the same
+# numbers, exactly.
+
+# %%
+exact = nn.Linear(8, 4, bias=False)
+exact.weight.data = torch.ldexp(*paper.power(torch.randn(4, 8, generator=dice)))
+whole = torch.randint(-(2**20), 2**20, (5, 8), generator=dice)
+by_shifts = paper.engine(whole, *paper.Shift(exact).packed().parts()).double() / 2**30
+print("same weights:", torch.equal(paper.Shift(exact).weight, exact.weight))
+print("same sums:", torch.equal(by_shifts, (whole.double() / 2**16) @ exact.weight.double().T))
+
+# %% [markdown]
+# ## The claim
+#
+# The whole video model, tuned by distillation for the same steps a stage; three seeds, margins fixed before. "Both"
+# shifts all feed-forward
+# layers of the additive model; the mixtures let a router choose, "random" lets chance.
+
+# %% tags=["nbval-ignore-output"]
+result = claims.read("shiftaddvit")
+arms = ("attention", "linear", "shift", "uniform", "float, both stages", "both", "mixture, 6:4", "no loss", "random")
+value = lambda arm, metric: result["arms"][arm]["values"][metric]
+errors = {arm: value(arm, "error") for arm in arms}
+show.bars(errors, "relative output error, unseen clips (a dot a seed)", "What each primitive costs")
+
+# %% tags=["nbval-ignore-output"]
+point = lambda arm: ([value(arm, "energy")[0]], [value(arm, "error")[0]])
+curves = {arm: point(arm) for arm in arms}
+show.lines(curves, "energy, share of the float model's", "relative output error", "Energy against error")
+
+# %%
+show.verdict("shiftaddvit")
+
+# %% [markdown]
+# The authors report up to 5.18 times less latency on a GPU with kernels of their own, and 42.9 % less energy, at
+# comparable accuracy.
+#
+# ## Where next
+#
+# - [DMMV](dmmv.ipynb): few bits by another way.
+# - [The paper](https://arxiv.org/abs/2306.06446).
