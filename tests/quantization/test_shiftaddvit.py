@@ -42,7 +42,7 @@ def call(seed=1):
 
 
 def names(model, roles=("fc1", "fc2")):
-    return [name for name, _, role in parts(model) if role in roles and "blocks" in name or role in roles and "layers" in name]
+    return [name for name, _, role in parts(model) if role in roles and not name.startswith("text")]
 
 
 def linear(i=8, o=6, seed=0, std=0.3):
@@ -274,7 +274,7 @@ def test_all_of_it_learns_in_a_video_model_and_leaves_the_teacher_alone():
     mixed = paper.converted(student, names(student), lambda part: paper.Mixture(part, dice()))
     assert len(paper.mixtures(mixed)) == 4
     share = lambda: torch.cat([m.shifted for m in paper.mixtures(mixed).values()]).float().mean().item()
-    paper.distil(mixed, [(call(), said)] * 40, 1e-2, (9, 1), 1.0)
+    paper.distil(mixed, [(call(), said)] * 40, 1e-3, (9, 1), 1.0)
     assert share() > 0.75
     assert all(torch.equal(model.state_dict()[name], x) for name, x in before.items())
 
