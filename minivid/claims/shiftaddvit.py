@@ -65,7 +65,8 @@ def pairs(seed: int, fast: bool, stage: int) -> Iterator[tuple[tuple, Tensor]]:
         x = latent[some]
         call = noise.flow().at(x, torch.randn(x.shape, generator=dice), t), t, Cond(text=words[some])
         with torch.no_grad():
-            yield call, loaded("video")(*call)
+            said = loaded("video")(*call)
+        yield call, said  # out here, or whoever takes it has no gradients either
 
 
 @lru_cache(2)

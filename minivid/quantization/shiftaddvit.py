@@ -149,9 +149,7 @@ class PackedShift(nn.Module):
         return F.linear(fixed(x), torch.ldexp(sign.to(x), p), None if self.bias is None else fixed(self.bias))
 
 
-def engine(
-    x: Int[Tensor, "n i"], sign: Int[Tensor, "o i"], p: Int[Tensor, "o i"], truncate: bool = False
-) -> Int[Tensor, "n o"]:
+def engine(x: Int[Tensor, "n i"], sign: Int[Tensor, "o i"], p: Int[Tensor, "o i"], truncate: bool = False) -> Int[Tensor, "n o"]:
     """A shift layer in integers: nothing but <<, >>, + and -. x: fixed point, 16 binary places.
 
     Sums have 30 binary places, and nothing is lost; with `truncate` each term is shifted right first, as cheap hardware does:
