@@ -13,9 +13,8 @@
 # %% [markdown]
 # # ShiftAddViT: who may still multiply?
 #
-# A 32-bit product costs 3.7 pJ, a sum 0.9, a shift 0.13. ShiftAddViT takes a trained transformer and exchanges its
-# products for sums
-# and shifts, and lets a router send the tokens that need it to the last real products.
+# A 32-bit product costs 3.7 pJ, a sum 0.9, a shift 0.13. ShiftAddViT takes a trained transformer and exchanges its products for
+# sums and shifts, and lets a router send the tokens that need it to the last real products.
 #
 # *Ten minutes, one processor core. Surgery: a trained model in, one of cheaper primitives out.* At the end you can
 # - write a product of matrices as "add this row or skip it";
@@ -26,8 +25,11 @@
 import torch
 from torch import nn
 
-from minivid.core import weights
+from minivid import world
+from minivid.core import corpus, noise, text, weights
 from minivid.core.baselines.quant import dequantise, quantise, search, symmetric
+from minivid.core.model import Cond
+from minivid.core.surgery import record
 from minivid.lab import claims, play, plots, show
 from minivid.quantization import shiftaddvit as paper
 
@@ -36,9 +38,8 @@ _ = torch.set_num_threads(1)
 # %% [markdown]
 # ## The picture first
 #
-# The weights of one layer of our video model. Above, the places that an even grid of five bits gives them; below, the
-# powers of two that
-# five bits can name. Powers crowd around zero, where weights are, and leave wide gaps where the large ones stand.
+# The weights of one layer of our video model. Above, the places that an even grid of five bits gives them; below, the powers of
+# two that five bits can name. Powers crowd around zero, where weights are, and leave wide gaps where the large ones stand.
 
 # %%
 model = weights.load("video")
@@ -76,13 +77,12 @@ plots.figure(lines, (7.2, 2.9), "two grids of five bits", alt, (1, 2))
 #
 # $$y = \tfrac12 v + \tfrac1\pi\, b_q\,(b_k^\top v),$$
 #
-# then each $y$ is brought to one length, and a small convolution of $v$ is added. The inner bracket is a $d \times d$
-# table, so no map
-# of all pairs of tokens is ever formed. For linear layers, $w \approx \mathrm{sign}(w)\, 2^{\mathrm{round}(\log_2 |w|)}$:
-# a shift and a sum.
+# then each $y$ is brought to one length, and a small convolution of $v$ is added. The inner bracket is a $d \times d$ table, so
+# no map of all pairs of tokens is ever formed. For linear layers, $w \approx \mathrm{sign}(w)\, 2^{\mathrm{round}(\log_2
+# |w|)}$: a shift and a sum.
 #
-# Where that hurts, two experts stand side by side, and each token goes to one. A loss, the squared variation of
-# *latency times tokens*, is least where the slower expert has fewer of them.
+# Where that hurts, two experts stand side by side, and each token goes to one. A loss, the squared variation of *latency times
+# tokens*, is least where the slower expert has fewer of them.
 #
 # ## The package's own source
 
@@ -103,53 +103,62 @@ print("largest difference:", f"{(bits.float().T @ v - sums).abs().max():.0e}")
 # %% [markdown]
 # ## The knob: how slow is a product?
 #
-# A router learns on random tokens, with nothing but the balance loss. **Turn the latency of a product** (of a shift: 1).
-# The line is the share
-# that the latencies ask for; bars show the share of tokens that shift after each number of steps. The loss works on
-# *soft* counts, the
-# bars are hard ones, and where logits are close to each other the two differ.
+# What one layer of the model gets from one clip with a little noise: 80 tokens, 4 x 4 for each of 5 moments. A mixture of the
+# layer and its shifts learns to say what the layer says, with the balance loss. White squares: tokens that still multiply.
+# **Turn the latency of a product** (of a shift: 1). The loss works on *soft* counts, the squares are hard ones, so where a
+# router is undecided the share differs from the one asked for.
 
 # %%
-x = torch.randn(400, 16, generator=dice)
+class Rows(list):
+    add = list.append
 
 
-def routed(latency):
-    router = paper.Mixture(nn.Linear(16, 16), torch.Generator().manual_seed(0)).router
-    optimiser, shares = torch.optim.Adam(router.parameters(), lr=0.02), []
-    for step in range(101):
-        logits = router(x)
-        if step % 20 == 0:
-            shares.append((logits[:, 1] > logits[:, 0]).float().mean().item())
-        optimiser.zero_grad()
-        paper.balance(logits, (latency, 1)).backward()
-        optimiser.step()
-    return shares
+scene = corpus.scenes("base", 1, 7, "held-out")
+clip = world.batch(scene, 32, 17)
+latent = weights.load("tok-v").encode(clip).detach()
+t = torch.full((1, 5), 0.3)
+words = text.tokens([world.caption(scene[0])], 16)
+call = noise.flow().at(latent, torch.randn(latent.shape, generator=dice), t), t, Cond(text=words)
+record(model, [call], {"trunk.blocks.2.fc1": (rows := Rows())})
+x = torch.cat([row.detach().reshape(-1, 128) for row in rows])
+said = layer(x).detach()
 
 
-traffic = {latency: routed(latency) for latency in (1, 2, 4, 9)}
+def mixed(latency):
+    mix = paper.Mixture(layer, torch.Generator().manual_seed(0)).requires_grad_(True)
+    paper.distil(mix, [((x,), said)] * 150, 1e-3, (latency, 1), 0.1)
+    with torch.no_grad():
+        return mix(x), mix.shifted.view(5, 4, 4)
+
+
+routed = {latency: mixed(latency)[1] for latency in (1, 2, 4, 9)}
 
 
 # %%
-def shares(latency):
-    want, found = latency / (latency + 1), traffic[latency]
+def routes(latency):
+    want, shifts = latency / (latency + 1), routed[latency]
+    found = shifts.float().mean().item()
 
-    def draw(ax):
-        ax.bar(range(0, 101, 20), found, width=12, color="#0072B2")
-        ax.axhline(want, color="#E69F00", ls="--")
-        ax.set(xlabel="step", ylabel="share of tokens that shift", ylim=(0, 1), title=f"asked {want:.2f}, found {found[-1]:.2f}")
+    def draw(axes):
+        for ax, frame, moment in zip(axes, shifts, range(0, 17, 4), strict=True):
+            ax.imshow(clip[0, :, moment].permute(1, 2, 0) / 2 + 0.5)
+            for i, j in (~frame).nonzero().tolist():
+                ax.plot([8 * j, 8 * j + 7, 8 * j + 7, 8 * j, 8 * j], [8 * i, 8 * i, 8 * i + 7, 8 * i + 7, 8 * i], color="white")
+            ax.set(xticks=[], yticks=[], title=f"frame {moment}")
+        axes[0].set_ylabel(f"shift: asked {want:.2f}\nfound {found:.2f}")
 
-    alt = f"A product {latency} times as slow: asked for {want:.2f} of the tokens on the shift, found {found[-1]:.2f}."
-    return plots.figure(draw, (4.2, 2.8), f"traffic at {latency}", alt)
+    alt = f"A product {latency} times as slow: asked for {want:.2f} of the tokens on the shift, found {found:.2f}."
+    return plots.figure(draw, (7.4, 1.9), f"routes at {latency}", alt, (1, 5))
 
 
 # %% tags=["nbval-ignore-output"]
-play.knobs(shares, settled=[{"latency": k} for k in (1, 4, 9)], latency=play.Choice([1, 2, 4, 9]))
+play.knobs(routes, settled=[{"latency": k} for k in (1, 4, 9)], latency=play.Choice([1, 2, 4, 9]))
 
 # %% [markdown]
 # ## Predict, then run
 #
-# **Predict:** five bits a weight, twice. Which grid errs less, even or powers of two? And what does a layer of 80 tokens
-# cost with each?
+# **Predict:** five bits a weight, twice. Which grid errs less, even or powers of two? And what does a layer of 80 tokens cost
+# with each?
 
 # %%
 off = lambda values: ((values - w).square().sum() / w.square().sum()).item()
@@ -160,8 +169,7 @@ print("bytes of the packed weights:", paper.Shift(layer).packed().packed.numel()
 
 # %% [markdown]
 # The bill counts every sum, those after a shift too. The released table leaves them out, and memory is in neither. And no
-# processor
-# of yours is faster by any of it: a matrix product is what it was built for.
+# processor of yours is faster by any of it: a matrix product is what it was built for.
 #
 # ## Exercise
 #
@@ -198,8 +206,8 @@ else:
 #
 # ## The law of limits
 #
-# A layer whose weights are powers of two already is not changed. And integers that are shifted and added give the same
-# numbers, exactly.
+# A layer whose weights are powers of two already is not changed. And integers that are shifted and added give the same numbers,
+# exactly.
 
 # %%
 exact = nn.Linear(8, 4, bias=False)
@@ -212,13 +220,12 @@ print("same sums:", torch.equal(by_shifts, (whole.double() / 2**16) @ exact.weig
 # %% [markdown]
 # ## The claim
 #
-# The whole video model, tuned by distillation for the same steps a stage; three seeds, margins fixed before. "Both"
-# shifts all feed-forward
-# layers of the additive model; the mixtures let a router choose, "random" lets chance.
+# The whole video model, tuned by distillation for the same steps a stage; three seeds, margins fixed before. "Both" shifts all
+# feed-forward layers of the additive model; the mixtures let a router choose, "random" lets chance.
 
 # %% tags=["nbval-ignore-output"]
 result = claims.read("shiftaddvit")
-arms = ("attention", "linear", "shift", "uniform", "float, both stages", "both", "mixture, 6:4", "no loss", "random")
+arms = ("attention", "linear", "shift", "uniform", "float, both stages", "both", "mixture, 6:4", "no loss", "product", "random")
 value = lambda arm, metric: result["arms"][arm]["values"][metric]
 errors = {arm: value(arm, "error") for arm in arms}
 show.bars(errors, "relative output error, unseen clips (a dot a seed)", "What each primitive costs")
@@ -228,12 +235,36 @@ point = lambda arm: ([value(arm, "energy")[0]], [value(arm, "error")[0]])
 curves = {arm: point(arm) for arm in arms}
 show.lines(curves, "energy, share of the float model's", "relative output error", "Energy against error")
 
+# %% [markdown]
+# What the energy consists of, counted for the products of attention and the feed-forward layers of one clip:
+
+# %% tags=["nbval-ignore-output"]
+share = value("mixture, 6:4", "share")[0]
+plans = {"float": ("dense", 0.0), "attention": ("additive", 0.0), "mixture, 6:4": ("additive", share), "both": ("additive", 1.0)}
+
+
+def stack(ax):
+    for x, (kind, s) in enumerate(plans.values()):
+        layers, sums = 12 * 80 * 128 * 384, 12 * 4 * 80 * 32 * (80 if kind == "dense" else 32)
+        counts = {"multiply": (1 - s) * layers + sums * (kind == "dense"), "add": layers + sums, "shift": s * layers}
+        bottom = 0.0
+        for (name, n), ink, hatch in zip(counts.items(), ("#0072B2", "#E69F00", "#009E73"), ("", "//", ".."), strict=True):
+            high = paper.energy(**{name: n}) / 1e6
+            ax.bar(x, high, bottom=bottom, color=ink, hatch=hatch, ec="white", label=name if x == 0 else None)
+            bottom += high
+    ax.set_xticks(range(len(plans)), plans)
+    ax.set(ylabel="energy of a clip, microjoules")
+    ax.legend(frameon=False)
+
+
+plots.figure(stack, (6.4, 2.8), "energy", "Bars of energy: products make up most of the float model's and none of the last one's.")
+
 # %%
 show.verdict("shiftaddvit")
 
 # %% [markdown]
-# The authors report up to 5.18 times less latency on a GPU with kernels of their own, and 42.9 % less energy, at
-# comparable accuracy.
+# The authors report up to 5.18 times less latency on a GPU with kernels of their own, and 42.9 % less energy, at comparable
+# accuracy.
 #
 # ## Where next
 #
