@@ -257,7 +257,7 @@ def stack(ax):
     ax.legend(frameon=False)
 
 
-plots.figure(stack, (6.4, 2.8), "energy", "Bars of energy: products make up most of the float model's and none of the last one's.")
+plots.figure(stack, (6.4, 2.8), "energy", "Bars of energy: products make up most of the float model and none of the last one.")
 
 # %%
 show.verdict("shiftaddvit")
