@@ -38,8 +38,8 @@ _ = torch.set_num_threads(1)
 # %% [markdown]
 # ## The picture first
 #
-# The weights of one layer of our video model. Above, the places that an even grid of five bits gives them; below, the powers of
-# two that five bits can name. Powers crowd around zero, where weights are, and leave wide gaps where the large ones stand.
+# The weights of one layer of our video model. Left, the places that an even grid of five bits gives them; right, the powers of two
+# that five bits can name. Powers crowd around zero, far closer than is of use, and leave wide gaps where the large weights stand.
 
 # %%
 model = weights.load("video")
@@ -54,7 +54,7 @@ def lines(axes):
         off = ((values - w).square().sum() / w.square().sum()).item()
         ax.hist(w.flatten().numpy(), 120, color="#BBBBBB")
         ax.plot(values.unique().numpy(), 0 * values.unique().numpy(), "|", color="#0072B2", ms=22)
-        ax.set(title=f"{title}: error {off:.4f}", xlabel="weight", ylabel="how many", xlim=(-0.8, 0.8))
+        ax.set(title=f"{title}: error {off:.4f}", xlabel="weight", ylabel="how many", xlim=(-1.6, 1.6))
 
 
 alt = "A histogram of weights with ticks below: evenly spaced for the even grid, crowding towards zero for powers of two."
