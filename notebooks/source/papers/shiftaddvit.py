@@ -38,7 +38,7 @@ _ = torch.set_num_threads(1)
 # %% [markdown]
 # ## The picture first
 #
-# The weights of one layer of our video model. Left, the places that an even grid of five bits gives them; right, the powers of two
+# Weights of a layer of our video model. Left, the places that an even grid of five bits gives them; right, the powers of two
 # that five bits can name. Powers crowd around zero, far closer than is of use, and leave wide gaps where the large weights stand.
 
 # %%
