@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..core import fit
 from ..core.attention import dense, grouped
 from ..core.baselines.quant import pack, unpack
 from ..core.baselines.vq import straight
@@ -86,7 +87,8 @@ class Additive(nn.Module):
         now = torch.stack([q.mean((0, 2, 3)), k.mean((0, 2, 3))])[..., None, None]
         self.threshold.lerp_(now, self.momentum if self.begun else 1.0)
         if not self.begun:
-            self.gain.copy_(dense(*exact, where).norm(dim=-1).mean((0, 2))[:, None, None])
+            q, k, v = exact
+            self.gain.copy_(dense(q, k, v, where).norm(dim=-1).mean((0, 2))[:, None, None])
             self.begun.fill_(True)
 
 
@@ -195,7 +197,7 @@ class Mixture(nn.Module):
         self.shifted = self.route(self.logits)
         p = self.logits.softmax(-1).gather(1, self.shifted.long()[:, None])
         gate = p if self.product else p / p.detach()
-        y = flat.new_zeros(len(flat), self.experts[0].out_features)
+        y = flat.new_zeros(len(flat), len(self.experts[0].weight))
         for expert, mine in zip(self.experts, (~self.shifted, self.shifted), strict=True):
             y = y.index_copy(0, mine.nonzero()[:, 0], expert(flat[mine]))
         return (y if self.chance is not None else gate * y).unflatten(0, x.shape[:-1])
@@ -233,10 +235,11 @@ def converted(model: nn.Module, names: Iterable[str], make: Callable[[nn.Linear]
 
 
 def distil(student: nn.Module, pairs: Iterable[tuple[tuple, Tensor]], rate: float = 1e-4,
-           latency: Sequence[float | int] | None = None, weight: float | int = 0.01) -> list[float]:  # fmt: skip
+           latency: Sequence[float | int] | None = None, weight: float | int = 0.01, steps: int = 0) -> list[float]:  # fmt: skip
     """One step of Adam for each pair (call, what the teacher said); returns the relative squared errors.
 
     rate: of all that can learn but routers, which learn ten times as fast, for they begin with no skill at all
+    steps: how many pairs there are, over which rates warm up and fall to 0 by a cosine; 0 leaves them alone
     latency: None for no balance, else `weight` times the mean balance of all mixtures is added
     """
     student.train()
@@ -245,9 +248,11 @@ def distil(student: nn.Module, pairs: Iterable[tuple[tuple, Tensor]], rate: floa
     for p in student.parameters():
         if p.requires_grad:
             groups[id(p) in routers].append(p)
-    rates = [{"params": some, "lr": lr} for some, lr in zip(groups, (rate, 10 * rate), strict=True) if some]
+    rates = [{"params": some, "lr": lr, "peak": lr} for some, lr in zip(groups, (rate, 10 * rate), strict=True) if some]
     optimiser, told = torch.optim.Adam(rates), []
-    for call, said in pairs:
+    for i, (call, said) in enumerate(pairs):
+        for group in optimiser.param_groups if steps else ():
+            group["lr"] = group["peak"] * fit.cosine(i, steps, max(1, steps // 10))
         loss = (student(*call) - said).square().mean() / said.square().mean()
         told.append(loss.item())
         if latency is not None:
