@@ -84,7 +84,7 @@ def lines(
 
     def draw(ax: Any) -> None:
         for i, (xs, ys) in enumerate(series.values()):
-            ax.plot(xs, ys, color=CYCLE[i % 6], ls=DASHES[i % 6], marker=MARKERS[i % 6], ms=4, lw=1.6)
+            ax.plot(xs, ys, **_look(i), ms=4, lw=1.6)
         if "x" in log:
             ax.set_xscale("log")
             places = sorted({float(v) for xs, _ in series.values() for v in xs})
@@ -97,6 +97,12 @@ def lines(
 
     alt = alt or f"{caption or 'Lines'}: {y} against {x} for {', '.join(series)}."
     return figure(draw, (6.5, 3.2), f"lines {len(series)}", alt)
+
+
+def _look(i: int) -> dict[str, Any]:
+    """Colour, dash and marker of the i-th line: after six the colours come again, with the next dash and marker."""
+    second = (i + i // 6) % 6
+    return {"color": CYCLE[i % 6], "ls": DASHES[second], "marker": MARKERS[second]}
 
 
 def _marks(places: Sequence[Number]) -> list[Number]:
@@ -115,8 +121,7 @@ def _name_ends(ax: Any, series: Mapping[str, tuple]) -> None:
     free = -1.0
     for i in sorted(range(len(ends)), key=ends.__getitem__):
         free = max(ends[i], free + 0.08)
-        look = {"color": CYCLE[i % 6], "ls": DASHES[i % 6], "marker": MARKERS[i % 6], "ms": 4, "markevery": [1]}
-        ax.plot([1.01, 1.035, 1.06], [free] * 3, transform=ax.transAxes, clip_on=False, **look)
+        ax.plot([1.01, 1.035, 1.06], [free] * 3, transform=ax.transAxes, clip_on=False, **_look(i), ms=4, markevery=[1])
         ax.annotate(list(series)[i], (1.07, free), xycoords="axes fraction", va="center")
 
 

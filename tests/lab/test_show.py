@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minivid.lab import canvas, claims, papers, show
+from minivid.lab import canvas, claims, papers, plots, show
 
 
 def rand(*shape, seed=0):
@@ -191,3 +191,8 @@ def test_a_verdict_names_every_test_that_counts_and_where_the_paper_differs():
     assert counting and all(f"| {claim} | " in said for claim in counting)
     assert said.startswith(f"**{result['verdict']}**") and claims.outcome("simvq") in said
     assert said.endswith(papers.find("simvq").card().differs)
+
+
+def test_twelve_lines_look_different():
+    looks = [plots._look(i) for i in range(12)]
+    assert len({look["color"] for look in looks[:6]}) == 6 and len({str(sorted(look.items(), key=str)) for look in looks}) == 12
