@@ -15,13 +15,13 @@ bits 256 codewords of 4 and 2 weights, a codebook a role, at 3 bits 64 pairs, a 
 
 Outcome: down to four bits the model follows captions as before (91 to 94 of 100; the float model 92), by whatever way but
 HAWQ-V3's. Below, asking what the layer says is what counts: GPTQ is 5 dB nearer than the nearest values at four bits and at
-three, where it still follows 89 of 100 captions and they 63. DMMV's worst-case codes are no better than those of GPTQ, from which
-they began. At two bits VQ4DiT is the only one that keeps most (73; GPTQ 63, the nearest 1); its 1.9 dB over GPTQ, where 2 were
-asked for, depend on the draw. Bits shared out by curvature are 4 dB *further* from the float model's clips than four bits for all,
-at the same error of single outputs: about half of that is the symmetric grid ("symmetric"), the rest is where the bits went. The
-training loss cares least for attention to words and for early blocks, which get 2 or 3 bits, and most for the last blocks, which
-get 6; the sampler's walk depends on all. Rotating and smoothing bring nothing on average (this model has no giants, and its inputs
-have 8 bits besides).
+three, where it still follows 89 of 100 captions and they 63. DMMV's worst-case codes are no better than those of GPTQ, from
+which they began. At two bits VQ4DiT is the only one that keeps most (73; GPTQ 63, the nearest 1); its 1.9 dB over GPTQ, where 2
+were asked for, depend on the draw. Bits shared out by curvature are 4 dB *further* from the float model's clips than four bits
+for all, at the same error of single outputs: about half of that is the symmetric grid ("symmetric"), the rest is where the bits
+went. The training loss cares least for attention to words and for early blocks, which get 2 or 3 bits, and most for the last
+blocks, which get 6; the sampler's walk depends on all. Rotating and smoothing bring nothing on average (this model has no
+giants, and its inputs have 8 bits besides).
 """
 
 from collections.abc import Callable
