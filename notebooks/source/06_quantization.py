@@ -424,13 +424,14 @@ print(f"the float model: {100 * mean('float', 'follows'):.0f} %")
 show.lines(heard, "bits a weight, as stored", "read back as asked for, %", "Does it still listen?")
 
 # %% [markdown]
-# To four bits nearly everything goes: the film changes before its content does. Then it pays to ask what the layer *says*: GPTQ in
-# three bits is about as near as the nearest values in four, and at two VQ4DiT's tuned codewords keep most of what was asked for.
+# To four bits nearly everything goes: the film changes before its content does. Then it pays to ask what the layer *says*:
+# GPTQ in three bits is about as near as the nearest values in four, and at two VQ4DiT's tuned codewords keep most of what
+# was asked for.
 #
-# The surprise is HAWQ-V3, far under plain rounding. Its prices are those of the training loss, and that cares
-# most for the last blocks, which get six bits, and least for attention to words, which gets two or three. But a sampler walks: what
-# the words said in the first steps decides the film. (About half of the gap is its symmetric grid, which integers need.) By
-# the loss that it was made for it wins, as its lesson measures: *a claim holds for what was measured*.
+# The surprise is HAWQ-V3, far under plain rounding. Its prices are those of the training loss, and that cares most for the
+# last blocks, which get six bits, and least for attention to words, which gets two or three. But a sampler walks: what the
+# words said in the first steps decides the film. (About half of the gap is its symmetric grid, which integers need.) By the
+# loss that it was made for it wins, as its lesson measures: *a claim holds for what was measured*.
 
 # %% [markdown]
 # ## Turn it yourself
