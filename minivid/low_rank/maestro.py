@@ -246,7 +246,7 @@ def train(
     """Train what may learn in the model, in place, by Adam with a warm-up and a cosine.
 
     loss, batches: `loss(model, batches(i))` of step i. look: called as look(step) before each step
-    Returns the numbers in ordered layers that each step (of this run) computed with. Without ordered layers it is ordinary training.
+    Returns the numbers in ordered layers that each step of this run computed with. With none it is ordinary training.
     """
     own, learnt = list(layers(model).values()), [p for p in model.parameters() if p.requires_grad]
     if s.sampler != "none" and not own:
