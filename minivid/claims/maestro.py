@@ -66,7 +66,7 @@ def taught(n: int, terms: int, batches, loss, seed: int, fast: bool, sampler: st
     torch.manual_seed(seed)
     model = nn.Sequential(Ordered.of(nn.Linear(n, n, bias=False), terms))
     paper.train(model, loss, batches, LINEAR[fast], 1e-2, Settings(sampler, 1, seed=seed))
-    return model[0]
+    return paper.layers(model)["0"]
 
 
 def svd(seed, fast, sampler, exact):
