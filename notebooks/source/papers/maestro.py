@@ -70,8 +70,8 @@ names = {"none": "ordinary", "single": "ordered"}
 def overlap(axes, step):
     for ax, (sampler, name) in zip(axes, names.items(), strict=True):
         columns = F.normalize(learnt(sampler)[step // 100][0], dim=0)
-        ax.imshow((columns.T @ u).abs(), cmap="cividis", vmin=0, vmax=1)
-        ax.set(title=f"{name}, step {step}", xlabel="true singular vector", ylabel="column of U")
+        ax.imshow((columns.T @ u).abs(), cmap="cividis", vmin=0, vmax=1, extent=(0.5, n + 0.5, n + 0.5, 0.5))
+        ax.set(title=f"{name}, step {step}", xlabel="true singular vector", ylabel="column of U", xticks=(1, 8, 16), yticks=(1, 8, 16))
 
 
 alt = "Two grids of 16 x 16: ordinary training is scattered all over, ordered training is a bright diagonal."
@@ -131,7 +131,7 @@ show.source(Ordered.forward, paper.Pairs.draw, paper.tails, paper.softened)
 #
 # ## Watch the order appear
 #
-# **Turn the step.** The strongest vectors find their places first.
+# **Turn the step.** Both ends of the diagonal settle first, its middle last.
 
 # %%
 def watch(step):
@@ -145,7 +145,7 @@ play.knobs(watch, settled=[{"step": s} for s in (0, 400, 1200)], step=play.IntRa
 # %% [markdown]
 # ## How many terms?
 #
-# Two layers in a row learn a map that needs **three** terms. Bright: an important position. The black line is the rank that
+# Two layers in a row learn a map that needs **three** terms. Bright: an important position. The white line is the rank that
 # shrinking has left. **Turn the strength** $\lambda$.
 
 # %%
@@ -178,7 +178,7 @@ def tail(strength):
         for i, ax in enumerate(axes):
             value = torch.stack([x[i] for x, _ in looks], 1).clamp_min(1e-4).log10()
             ax.imshow(value, cmap="cividis", vmin=-3, vmax=1, aspect="auto", extent=(0, 400, 12.5, 0.5))
-            ax.step([20 * j for j in range(len(looks))], [r[i] + 0.5 for _, r in looks], color="black", lw=2, where="post")
+            ax.step([20 * j for j in range(len(looks))], [r[i] + 0.5 for _, r in looks], color="white", lw=2, where="post")
             ax.set(title=f"layer {i + 1}: rank {ranks[i]}", xlabel="step", ylabel="position", ylim=(12.6, 0.4))
 
     alt = f"Strength {strength}: ranks {ranks} are left, the loss on unseen inputs is {loss:.2g}."
@@ -186,8 +186,8 @@ def tail(strength):
 
 
 # %% tags=["nbval-ignore-output"]
-strengths = [0.0, 0.1, 0.3, 1.0]
-play.knobs(tail, settled=[{"strength": x} for x in (0.0, 0.3, 1.0)], strength=play.Choice(strengths))
+strengths = [0.0, 0.1, 0.3, 0.5, 1.0]
+play.knobs(tail, settled=[{"strength": x} for x in (0.0, 0.5, 1.0)], strength=play.Choice(strengths))
 
 # %% [markdown]
 # ## Predict, then run
@@ -287,7 +287,7 @@ print("merged where factors save nothing:", type(one.plain()).__name__)
 # %% [markdown]
 # ## The claim
 #
-# A small generator from scratch, 1,000 steps, three seeds; its twenty matrices cut at no retraining. Margins fixed before.
+# A small generator from scratch, 800 steps, three seeds; its twenty matrices cut at no retraining. Margins fixed before.
 
 # %% tags=["nbval-ignore-output"]
 result = claims.read("maestro")
@@ -314,7 +314,7 @@ show.verdict("maestro")
 
 # %% [markdown]
 # The authors report smaller footprints at equal accuracy than factorising afterwards, pruning and low precision, on classifiers
-# and a translator, in as many words: their summary has no numbers. Left out: those networks, convolutions, and training as
+# and a translator; their abstract has no numbers. Left out: those networks, convolutions, and training as
 # long as theirs, where one layer a step is drawn a thousand times as often.
 #
 # ## Where next
