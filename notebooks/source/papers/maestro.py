@@ -71,7 +71,8 @@ def overlap(axes, step):
     for ax, (sampler, name) in zip(axes, names.items(), strict=True):
         columns = F.normalize(learnt(sampler)[step // 100][0], dim=0)
         ax.imshow((columns.T @ u).abs(), cmap="cividis", vmin=0, vmax=1, extent=(0.5, n + 0.5, n + 0.5, 0.5))
-        ax.set(title=f"{name}, step {step}", xlabel="true singular vector", ylabel="column of U", xticks=(1, 8, 16), yticks=(1, 8, 16))
+        ax.set(title=f"{name}, step {step}", xlabel="true singular vector", ylabel="column of U")
+        ax.set(xticks=(1, 8, 16), yticks=(1, 8, 16))
 
 
 alt = "Two grids of 16 x 16: ordinary training is scattered all over, ordered training is a bright diagonal."
