@@ -16,7 +16,7 @@ full width at every step.
 
 "ranks": training with lasso and shrinking, "found" (strength 0.3: in trials of 150 steps on seed 0, 1.0 left 56 % and was still
 falling, 0.3 all); then, at the same steps, a fresh model in factors with one share for all ("uniform") at no fewer numbers, one
-with the found ranks ("again"), and a dense one of width 48, with as many numbers x steps in all as Maestro used, at most twice the
+with the found ranks ("again"), a dense one of width 48, with as many numbers x steps in all as Maestro, at most twice the
 steps ("narrow"). "over_uniform" is by what share of uniform's loss found's is lower, "worked" the mean of numbers in a step.
 
 "video": the shared generator, 60 matrices, begun at the SVD whitened by its inputs, 150 steps of 8 clips: at random widths it
