@@ -23,7 +23,19 @@ steps ("narrow"). "over_uniform" is by what share of uniform's loss found's is l
 learns to say what it says whole. "rise" is the loss less that of the whole one on 128 held-out clips. "start" is no tuning: the
 whitened SVD. "specialists" share the same steps among three models, tuned at one size each from the same start: a rival.
 
-A seed is a draw of initial weights, clips, times and noise.
+A seed is a draw of initial weights, of the order of clips, of times and noise, and of held-out clips; the clips to train on are
+the same. Of digits the worst of all b <= 8 was to be counted at first; a trial gave 24 degrees (two components of nearly equal
+variance may swap), so "angle" became that of clear gaps, as for A.
+
+Outcome: for a linear target the terms are the SVD's (3.5 degrees at the worst of 15 cuts, 0.01 on the exact loss, 90 with plain
+training), and for digits the principal components. In a generator it depends on who draws. The paper's sampler, one layer a
+step, gives each layer some twenty narrow passes in all here, and that is too few: the shared generator, cut to half of its
+numbers, loses 3 % less than without tuning, where 10 % were asked for. Widths for all layers at once, the authors' other
+sampler, lower the rise by 36 % at half and by 30 % at a quarter of the numbers; three specialists with as many steps in all are
+better still at each size. The small generator has little to say about it: after 800 steps it hardly uses its matrices. Cut by
+whitened SVD to half it loses 0.1 %, the ordered one 9 % (plain factors 24 %), and one share of 36 % for all layers trains as
+well as all of them; ranks that were found are 0.4 % worse than that, and 5 % better than a narrow dense model of as much
+arithmetic.
 """
 
 from functools import lru_cache
