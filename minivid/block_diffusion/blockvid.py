@@ -91,14 +91,15 @@ class Semantic(Cache):
     l:     old chunks that are read; a number beyond their count reads all
     tau:   share of the attention that a chunk's kept tokens received (paper: 0.97, 0.98)
     embed: word numbers `b l` -> vectors `b e` that captions are compared by
-    near:  move what is read up to the latest chunks, in order; else it stays at its own times
+    within: how many chunks back the first that is read may stand; it is moved up if it is older, those after it follow.
+            None leaves all at their own times
     A batch may be larger than the captions by a whole factor (guidance): its parts then share what they read.
     """
 
-    def __init__(self, l: int = 2, tau: float = 0.97, local: int = 1, embed: Callable = bag, near: bool = True):
+    def __init__(self, l: int = 2, tau: float = 0.97, local: int = 1, embed: Callable = bag, within: int | None = None):
         if l < 0 or local < 1 or not 0 < tau <= 1:
             raise ValueError(f"the bank reads l >= 0 old and local >= 1 latest chunks, 0 < tau <= 1; got {l=}, {local=}, {tau=}")
-        self.l, self.tau, self.local, self.embed, self.near = l, tau, local, embed, near
+        self.l, self.tau, self.local, self.embed, self.within = l, tau, local, embed, within
         super().__init__()
 
     def reset(self) -> None:
@@ -157,9 +158,10 @@ class Semantic(Cache):
         chunk = torch.cat([torch.full((e.k.shape[2],), e.block, device=k.device) for e in some])
         found = mine[:, :, None] == chunk
         coords = where.coords.expand(len(k), -1, -1)
-        if self.near:
-            began = torch.tensor([self.began[i] for i in range(new[0].block + 1)], device=k.device)
-            move = began[new[0].block - mine.shape[1] : new[0].block] - began[mine]
+        if self.within is not None:
+            began = torch.tensor([self.began[i] for i in range(self.block + 1)], device=k.device)
+            nearest = (self.block - self.within + torch.arange(mine.shape[1], device=k.device)).clamp_min(0)
+            move = (began[nearest] - began[mine]).clamp_min(0)
             coords = torch.cat([coords[..., :1] + (found * move[:, :, None]).sum(1)[..., None], coords[..., 1:]], -1)
         keep = found.any(1) & (where.block < HIDDEN)
         return together([Entry(0, *compact(k, v, Where(coords, where.block), keep)), *new])
