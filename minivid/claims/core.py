@@ -120,7 +120,7 @@ def recall(seed, fast, past):
 
     past: "all" of it is in the cache, or the last "two" chunks: only B, and then A's colour is chance (its shape is told)
     """
-    n, tok, found = 4 if fast else 64, weights.load("tok-f"), []
+    n, tok, found = 4 if fast else 32, weights.load("tok-f"), []
     films = scenes("recurrent", n, 5000 + seed, "held-out")
     for chunks in sorted({film.cuts[2].start // 4 for film in films}):  # A and B last 2 to 4 chunks each
         some = [film for film in films if film.cuts[2].start == 4 * chunks]
@@ -137,7 +137,7 @@ def lasting(seed, fast):
 
     Two chunks are true; the other 30 are made, four times the eight chunks of training, with the last seven in the cache.
     """
-    n, tok, chunks = 2 if fast else 16, weights.load("tok-f"), 8 if fast else 32
+    n, tok, chunks = 2 if fast else 8, weights.load("tok-f"), 8 if fast else 32
     films = scenes("recurrent", n, 6000 + seed)
     known = tok.encode(world.batch(films, 32, 8))
     clips = tok.decode(sample.film([told(f, chunks) for f in films], known, Window(7), seed, 5 if fast else 20))
@@ -167,6 +167,11 @@ CLAIMS = Claims(
     },
     tests=[
         Floor("frames: a window is enough for a third of the heads", "windows", "frames", at_least=1 / 3),
+        Floor("block: a returning scene has its colour", "colour", "block: all", at_least=0.9),
+        Floor("block: by memory alone", "colour", "block: two", at_most=0.4),
+        Floor("block: its 30th chunk shows one body, as told", "late", "block: 32 chunks", at_least=0.8),
+        Floor("block: it doesn't wear out", "kept", "block: 32 chunks", at_least=0.9),
+        Floor("block: it doesn't blur", "sharpness", "block: 32 chunks", at_least=0.7),
         Floor("tok-v draws the world", "world", "tok-v", at_least=32.0),
         Floor("tok-v draws natural clips", "natural", "tok-v", at_least=26.0),
         Floor("tok-v needs few numbers", "fewer", "tok-v", at_least=16.0),

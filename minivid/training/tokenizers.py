@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import world
 from ..core import corpus, fit
+from ..core.baselines.vq import VQ
 from .recipe import Recipe, pick
 
 SEEN = ("base", "textured", "varied", "camera", "light", "recurrent")  # worlds that the tokenizers learn to draw
@@ -48,8 +49,12 @@ def clip_material(batch: int, frames: int, every: int | None = None) -> Callable
 
 
 def components(model, batches) -> None:
-    """Begin at the principal components of the first few batches."""
-    model.begin(torch.cat([batches(i) for i in range(8)]))
+    """Begin at the principal components of the first few batches; codes that learn at the clusters of these."""
+    clips = torch.cat([batches(i) for i in range(8)])
+    model.begin(clips)
+    if isinstance(model.bottleneck, VQ):
+        with torch.no_grad():
+            model.bottleneck.begin(model.features(clips))
 
 
 def settle(model, batches) -> None:

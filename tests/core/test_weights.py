@@ -29,6 +29,18 @@ def test_round_trip(file):
     assert file.stat().st_size < 2.5 * sum(p.numel() for p in a.parameters()) + 8000
 
 
+@pytest.mark.parametrize("grid", [dict(levels=[2, 2, 2, 2]), dict(codes=16)])
+def test_a_tokenizer_with_codes_comes_back_with_them(tmp_path, grid):
+    clip = torch.rand(2, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    tok = weights.build("tokenizer", SETTINGS | grid)
+    tok.train()(clip)  # one pass of learning moves the codes that learn
+    weights.save(tmp_path / "q.safetensors", tok, "tokenizer", SETTINGS | grid, {})
+    back = weights.load(tmp_path / "q.safetensors")
+    assert back.bottleneck.size == 16
+    latent, codes, _ = back.bottleneck(back.features(clip))
+    assert codes[0].index.max() < 16 and torch.equal(back.bottleneck.lookup(codes), latent)
+
+
 def test_missing_name():
     with pytest.raises(weights.WeightsError, match="no weights called 'nothing'; there are"):
         weights.load("nothing")

@@ -1,0 +1,243 @@
+"""Chapter 06 in one table: clips of `video` by every way of the chapter that spends 8, 6, 4, 3 or 2 bits on a weight.
+
+Quantised are the matrices of the six blocks and the time modulation that they share (1.47 M weights); activations stay in
+float32, but in QuantVGGT's arms, where the inputs of these layers have 8 bits a token. "bits" are all bits a weight that are
+stored for these layers: codes, steps, offsets, codebooks, biases. "psnr" is in dB to the float model's clips from the same noise
+(24 held-out captions, 20 steps), "colour", "shape" and "motion" are the shares in which the judge reads back what was asked for,
+"follows" their mean, "error" is |y - y'|^2 / |y|^2 of the model's outputs on noisy held-out clips. A seed is another set of
+captions, noises and calibration clips.
+
+Nearest: a grid as wide as the weights, for a row or for 32 weights of a row. GPTQ: a grid a row, clip-searched, block after
+block, each seeing what the quantised ones before it say of 64 clips. DMMV: from those codes, 20 rounds of its search on 512
+inputs (three bits only: it takes the longest). HAWQ-V3: 2, 3, 4, 6 or 8 bits a layer by curvature (16 probes, 8 clips), the mean
+as given; one symmetric grid a row, nearest. QuantVGGT: rotated, then smoothed, to the nearest; nothing learnt. VQ4DiT: at 2 and 4
+bits 256 codewords of 4 and 2 weights, a codebook a role, at 3 bits 64 pairs, a codebook a layer, calibrated as in its own claim.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from minivid import world
+from minivid.claims import dmmv as lists
+from minivid.claims import hawqv3 as curves
+from minivid.claims import vq4dit as words
+from minivid.claims.vq4dit import BLOCKS, FILES, loaded, names
+from minivid.core.baselines import quant
+from minivid.core.baselines.quant import QuantisedLinear
+from minivid.core.model import Cond
+from minivid.core.sample import generate
+from minivid.core.surgery import Gram, record, swap
+from minivid.lab.claims import Arm, Claims, Compare, Floor
+from minivid.quantization import dmmv, quantvggt, vq4dit
+from minivid.quantization.hawqv3 import curvature, sensitivity
+from minivid.world.judge import judge
+from minivid.world.scores import psnr
+
+OPTIONS = (2, 3, 4, 6, 8)
+PAPERS = "minivid/quantization/"
+
+# --- what is measured ---------------------------------------------------------------------------------------------------
+
+
+def clips(seed: int, fast: bool, model: nn.Module) -> tuple[Tensor, list]:
+    asked, _ = words.asked(9500 + seed, 2 if fast else 24, "held-out")
+    captions = [world.caption(scene) for scene in asked]
+    return generate(captions, seed, 2 if fast else 20, model=model, tokenizer=loaded("tok-v")), asked
+
+
+@lru_cache(2)
+def wanted(seed: int, fast: bool) -> Tensor:
+    return clips(seed, fast, loaded("video"))[0]
+
+
+def followed(made: Tensor, asked: list) -> dict[str, float]:
+    found = judge(made, asked)
+    shares = {name: found[name] for name in ("colour", "shape", "motion")}
+    return shares | {"follows": sum(shares.values()) / 3}
+
+
+def whole(seed, fast):
+    """The float model."""
+    return followed(*clips(seed, fast, loaded("video"))) | {"bits": 32.0}
+
+
+@torch.no_grad()
+def scored(seed: int, fast: bool, model: nn.Module, bits: float) -> dict[str, float]:
+    """How near the model is to the float one, and how well it follows captions. bits: of all layers together."""
+    made, asked = clips(seed, fast, model)
+    lost = [((model(*call) - y).square().sum(), y.square().sum()) for call, y in words.held(seed, fast)["error"]]
+    error = (sum(a for a, _ in lost) / sum(b for _, b in lost)).item()
+    near = psnr(made, wanted(seed, fast)).mean().item()
+    n = sum(loaded("video").get_submodule(name).weight.numel() for name in names(fast))
+    return followed(made, asked) | {"bits": bits / n, "error": error, "psnr": near}
+
+
+def linears(fast: bool) -> dict[str, nn.Linear]:
+    return {name: loaded("video").get_submodule(name) for name in names(fast)}
+
+
+def stored(layers: dict[str, QuantisedLinear]) -> float:
+    return 8.0 * sum(layer.nbytes for layer in layers.values())
+
+
+# --- ways to spend bits: the model, and how many it stores --------------------------------------------------------------
+
+Small = tuple[nn.Module, float]
+
+
+def to_nearest(seed: int, fast: bool, bits: int, group: int | None) -> Small:
+    """To the nearest value. group: weights of a row that share a grid; None for the whole row."""
+    split = lambda w: w if group is None else w.unflatten(1, (-1, group))
+    new = {name: QuantisedLinear.of(m, quant.minmax(split(m.weight.detach()), bits, -1)) for name, m in linears(fast).items()}
+    return swap(loaded("video"), new), stored(new)
+
+
+def in_turn(seed: int, fast: bool, recorder: Callable, make: Callable) -> Small:
+    """The model's parts, one after the other, each made from what it gets when those before it are quantised."""
+    model, new = loaded("video"), {}
+    for place in ("mod", *BLOCKS):
+        own = {name: m for name, m in linears(fast).items() if name == place or name.startswith(place + ".")}
+        if own:
+            record(model, lists.calls(seed, fast, "train"), seen := {name: recorder() for name in own})
+            new |= (now := {name: make(m, seen[name]) for name, m in own.items()})
+            model = swap(model, now)
+    return model, stored(new)
+
+
+def clipped(w: Tensor, bits: int) -> quant.Steps:
+    return quant.search(w, quant.minmax(w, bits, 1), 1, 2.4).stored()
+
+
+def by_gptq(seed: int, fast: bool, bits: int) -> Small:
+    """Column by column."""
+    return in_turn(seed, fast, Gram, lambda m, seen: QuantisedLinear.of(m, clipped(m.weight.detach(), bits), seen.xx))
+
+
+def by_search(seed: int, fast: bool, bits: int) -> Small:
+    """DMMV: the largest error of each output made small, from GPTQ's codes."""
+
+    def make(m, seen):
+        w, x = m.weight.detach(), seen.rows
+        s = clipped(w, bits)
+        codes, few = quant.gptq(w, x.double().T @ x.double(), s), slice(0, 3 if fast else None)
+        way, rows = dmmv.Search(iterations=2 if fast else 20), lists.some(x, 64 if fast else 512, seed)
+        mine = s._replace(step=s.step[few], offset=s.offset[few])
+        codes[few] = dmmv.layer(w[few], rows, mine, codes[few], way, seed)
+        return QuantisedLinear(codes, s, m.bias)
+
+    return in_turn(seed, fast, dmmv.Inputs, make)
+
+
+def by_curvature(seed: int, fast: bool, bits: int) -> Small:
+    """HAWQ-V3: so many bits on average, more where the loss is curved."""
+    model, own = loaded("video"), linears(fast)
+    call, target = curves.calls(seed, 2 if fast else 8, "train")
+    loss = lambda: (model(*call) - target).square().mean()
+    trace = curvature(loss, model, list(own), torch.Generator().manual_seed(seed), 1 if fast else 16)
+    matrices = [m.weight.detach() for m in own.values()]
+    size = torch.tensor([[float(w.numel() * option) for option in OPTIONS] for w in matrices])
+    choice = quant.allocate(sensitivity(trace, matrices, OPTIONS), [(size, bits * sum(w.numel() for w in matrices))])
+    new = {name: QuantisedLinear.of(m, quant.symmetric(m.weight.detach(), OPTIONS[k], 1))
+           for (name, m), k in zip(own.items(), choice.tolist(), strict=True)}  # fmt: skip
+    return swap(model, new), stored(new)
+
+
+class Told(nn.Module):
+    """The model as a function of its input alone."""
+
+    def __init__(self, inside: nn.Module, t: Tensor, cond: Cond):
+        super().__init__()
+        self.inside, self.t, self.cond = inside, t, cond
+
+    def forward(self, x):
+        return self.inside(x, self.t, self.cond)
+
+
+def by_rotation(seed: int, fast: bool, bits: int) -> Small:
+    """QuantVGGT: rotated and smoothed, inputs in 8 bits."""
+    x, t, cond = lists.calls(seed, fast, "train")[0]
+    own, told = [f"inside.{name}" for name in names(fast)], Told(loaded("video"), t, cond)
+    how, turns = quantvggt.How((bits, 8)), quantvggt.rotations(told, own, x, seed)
+    seen = quantvggt.observe(told, x, how.order, turns, len(x))
+    small = quantvggt.quantised(told, how, turns, seen)
+    parts = {name: small.get_submodule(name) for name in own}
+    scales = sum(part.s.numel() for part in parts.values())  # in fp16; the rotations' signs are a seed
+    total = stored({name: part.packed() for name, part in parts.items()}) + 16 * scales
+    return quantvggt.folded(small).get_submodule("inside"), total
+
+
+def by_codewords(seed: int, fast: bool, bits: int) -> Small:
+    """VQ4DiT."""
+    book = dict(d=2 if bits > 2 else 4, k=16 if fast else 64 if bits == 3 else 256, shared=bits != 3)
+    s = vq4dit.Settings(**book, **(words.TUNED | (dict(quick=2.0) if fast else {})))
+    model = vq4dit.quantised(loaded("video"), words.books(seed, fast, **book, mod=True), s)
+    vq4dit.calibrate(model, words.pairs(seed, fast, "walk"), BLOCKS, s)
+    biases = 32 * sum(m.bias.numel() for m in linears(fast).values())
+    weights = sum(m.weight.numel() for m in linears(fast).values())
+    return model, vq4dit.bits(model)["total"] * weights + biases
+
+
+# --- arms ---------------------------------------------------------------------------------------------------------------
+
+
+def nearest(seed, fast, bits, group):
+    return scored(seed, fast, *to_nearest(seed, fast, bits, group))
+
+
+def gptq(seed, fast, bits):
+    return scored(seed, fast, *by_gptq(seed, fast, bits))
+
+
+def searched(seed, fast, bits):
+    return scored(seed, fast, *by_search(seed, fast, bits))
+
+
+def shared_out(seed, fast, bits):
+    return scored(seed, fast, *by_curvature(seed, fast, bits))
+
+
+def rotated(seed, fast, bits):
+    return scored(seed, fast, *by_rotation(seed, fast, bits))
+
+
+def codewords(seed, fast, bits):
+    return scored(seed, fast, *by_codewords(seed, fast, bits))
+
+
+# --- what is decided before the run -------------------------------------------------------------------------------------
+
+ALL = (8, 6, 4, 3, 2)
+ARMS = {
+    "float": Arm(whole, FILES),
+    **{f"nearest, {bits}": Arm(nearest, FILES, bits=bits, group=None) for bits in ALL},
+    **{f"nearest, a group of 32, {bits}": Arm(nearest, FILES, bits=bits, group=32) for bits in ALL},
+    **{f"gptq, {bits}": Arm(gptq, FILES, bits=bits) for bits in ALL},
+    "dmmv, 3": Arm(searched, [*FILES, PAPERS + "dmmv/uses.py", PAPERS + "dmmv/solver.py"], bits=3),
+    **{f"hawqv3, {bits}": Arm(shared_out, [*FILES, PAPERS + "hawqv3/allocation.py", "minivid/claims/hawqv3.py"], bits=bits)
+       for bits in (6, 4, 3)},
+    **{f"quantvggt, {bits}": Arm(rotated, [*FILES, PAPERS + "quantvggt/layers.py"], bits=bits) for bits in ALL},
+    **{f"vq4dit, {bits}": Arm(codewords, [*FILES, PAPERS + "vq4dit.py"], bits=bits) for bits in (4, 3, 2)},
+}
+
+
+def nearer(method: str, baseline: str, margin: float, counts: bool = True) -> Compare:
+    return Compare(f"{method} nearer than {baseline}", "psnr", method, baseline, margin, counts=counts)
+
+
+CLAIMS = Claims(
+    "few-bits",
+    arms=ARMS,
+    tests=[
+        Floor("8 bits, nearest: no eye sees it", "psnr", "nearest, 8", at_least=35.0),
+        Compare("4 bits, GPTQ: follows as the float model", "follows", "gptq, 4", "float", -0.05),
+        nearer("gptq, 4", "nearest, 4", 1.0), nearer("gptq, 3", "nearest, 3", 1.0), nearer("gptq, 3", "nearest, 4", 0.0, False),
+        nearer("nearest, a group of 32, 3", "nearest, 3", 1.0),
+        nearer("hawqv3, 4", "nearest, 4", 0.0), nearer("quantvggt, 4", "nearest, 4", 0.0),
+        nearer("vq4dit, 2", "gptq, 2", 2.0), nearer("dmmv, 3", "gptq, 3", 0.0, False),
+    ],
+    sources=["minivid/core/baselines/quant.py", "minivid/core/surgery.py", "minivid/claims/vq4dit.py", "minivid/claims/dmmv.py"],
+    tolerance=0.1,
+)  # fmt: skip
