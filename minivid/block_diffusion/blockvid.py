@@ -11,9 +11,9 @@ Differs: pixels of 32 x 32 through `tok-f`, chunks of 4 frames. The truth of eve
          side of Self Forcing (a critic) is left out: own chunks are context, the target is the true clip. Inferred, since neither
          paper nor code gives them: l = 2, gamma, x_cond (the mean of the l retrieved chunks), the cosine, what the schedule
          noises (the unknown chunks, from a drawn level up to 1). A chunk's salience is counted among its own tokens. What
-         captions are compared by is the bag of words that name a scene or a look, not the model's text encoder, which confuses scenes more
-         often. Of equally similar chunks the oldest are read: they have the fewest errors. Read chunks are moved up to the latest
-         one, for places farther back than the training's length were never learnt
+         captions are compared by is the bag of words that name a scene or a look, not the model's text encoder, which
+         confuses scenes more often. Of equally similar chunks the oldest are read: they have the fewest errors. What is read
+         stays at its own times; moved up next to the latest chunk, it is not recognised
 
     keep  smallest set S of a chunk's tokens with  sum_{j in S} a_j >= tau sum_j a_j,     a_j: attention that token j receives
     read  the l chunks i with the largest cos(E_c, E_i), sparse; the latest chunk, whole; the chunk itself
@@ -38,7 +38,7 @@ from ..core.attention import rotary_pairs, rotate, scores
 from ..core.cache import Cache, Entry, pick, together
 from ..core.model import Cond
 from ..core.rollout import Plan, block_times, rollout
-from ..core.text import NUMBER, VOCABULARY
+from ..core.text import NULL, NUMBER, VOCABULARY
 from ..core.where import Where
 from ..world import COLOURS, SHAPES
 
@@ -93,7 +93,8 @@ class Semantic(Cache):
     embed: word numbers `b l` -> vectors `b e` that captions are compared by
     within: how many chunks back the first that is read may stand; it is moved up if it is older, those after it follow.
             None leaves all at their own times
-    A batch may be larger than the captions by a whole factor (guidance): its parts then share what they read.
+    Without captions all chunks are equally alike, and the oldest are read. A batch may be larger than the captions by a whole
+    factor (guidance): its parts then share what they read.
     """
 
     def __init__(self, l: int = 2, tau: float = 0.97, local: int = 1, embed: Callable = bag, within: int | None = None):
@@ -110,10 +111,9 @@ class Semantic(Cache):
         self.context: dict[int, tuple[Tensor, Tensor, Where]] = {}
 
     def open(self, block: int, cond: Cond) -> None:
-        if cond.text is None:
-            raise ValueError("the bank is searched by captions: this rollout's `cond` has no text")
         super().open(block, cond)
-        self.told[block], self.began[block], self.context = self.embed(cond.text), cond.start, {}
+        text = cond.text if cond.text is not None else torch.tensor([[NULL]])
+        self.told[block], self.began[block], self.context = self.embed(text), cond.start, {}
 
     def add(self, layer: int, q: Tensor, k: Tensor, v: Tensor, where: Where) -> None:
         super().add(layer, q, k, v, where)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checks import contracts
 from checks.contracts import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,6 +96,11 @@ def test_another_future_leaves_the_past_as_it_is(tau):
     blocks = ends()
     a, b = roll(Semantic(1, tau)), roll(Semantic(1, tau), blocks=[*blocks[:4], -blocks[4], blocks[5]])
     assert torch.equal(a[:, :, :8], b[:, :, :8]) and not torch.equal(a[:, :, 8:], b[:, :, 8:])
+
+
+@pytest.mark.parametrize("settings", [{}, dict(l=1, tau=0.5), dict(l=1, tau=0.5, within=2)])
+def test_the_contract_of_caches_holds(settings):
+    contracts.cache(lambda: Semantic(**settings))
 
 
 def test_with_everything_off_the_loss_is_the_plain_one():
@@ -325,8 +331,6 @@ def test_errors_say_what_is_wrong():
     for wrong in (dict(l=-1), dict(local=0), dict(tau=0.0), dict(tau=1.1)):
         with pytest.raises(ValueError, match="the bank reads"):
             Semantic(**wrong)
-    with pytest.raises(ValueError, match="no text"):
-        roll(Semantic(), cond=Cond())
     with pytest.raises(ValueError, match="'linear' or by a 'cosine'"):
         paper.levels(3, form="steep")
     with pytest.raises(ValueError, match="within"):
