@@ -13,7 +13,7 @@ Differs: pixels of 32 x 32 through `tok-f`, chunks of 4 frames. The truth of eve
          noises (the unknown chunks, from a drawn level up to 1). A chunk's salience is counted among its own tokens. What
          captions are compared by is the bag of words that name a scene or a look, not the model's text encoder, which
          confuses scenes more often. Of equally similar chunks the oldest are read: they have the fewest errors. What is read
-         stays at its own times; moved up next to the latest chunk, it is not recognised
+         stays at its own times, or within a number of chunks from the open one: both were tried
 
     keep  smallest set S of a chunk's tokens with  sum_{j in S} a_j >= tau sum_j a_j,     a_j: attention that token j receives
     read  the l chunks i with the largest cos(E_c, E_i), sparse; the latest chunk, whole; the chunk itself
@@ -63,8 +63,9 @@ def alike(new: Float[Tensor, "b e"], old: Float[Tensor, "b n e"], l: int) -> Int
 
 def received(q: Float[Tensor, "b k n d"], k: Float[Tensor, "b g n d"], where: Where) -> Float[Tensor, "b n"]:
     """Attention that each token of a chunk receives from the chunk's own queries: mean over heads and queries, sum 1."""
-    turned = [rotate(x, where.coords, *(p.to(x.device) for p in rotary_pairs(x.shape[-1]))) for x in (q, k)]
-    return scores(*turned, Where(where.coords)).mean((1, 2))
+    axis, freq = (pairs.to(q.device) for pairs in rotary_pairs(q.shape[-1]))
+    q, k = rotate(q, where.coords, axis, freq), rotate(k, where.coords, axis, freq)
+    return scores(q, k, Where(where.coords)).mean((1, 2))
 
 
 def salient(mass: Float[Tensor, "b n"], tau: float | int) -> Bool[Tensor, "b n"]:

@@ -4,12 +4,12 @@
    back, and its first chunk is made. Error: root mean square distance over RGB, in [0, 1], of the body's mean colour as the judge
    reads it (where it sees none, the ground's) from the true chunk's; the ground is the median pixel. Every cache but the full
    one reads 3 chunks: the last three, three spread over the past (in which the middle one often is A by luck), or the last and
-   the two whose captions are most alike. "Sparse" keeps of these two the salient tokens, "at random" as many others; "moved up" puts
-   them next to the last chunk; a "sink" is the film's first chunk. The control: C comes for the first time, so nothing in the
-   past tells its look. Then whole films, A B A C A B ..., 32 chunks: all scenes were true once, the rest is made, with the same errors
-   chunk by chunk; VDE-Subject takes 1 - error over ten parts of the film.
+   the two whose captions are most alike. "Sparse" keeps of these two the salient tokens, "at random" as many others; "moved up"
+   puts them next to the last chunk; a "sink" is the film's first chunk. The control: C comes for the first time, so nothing in
+   the past tells its look. Then whole films, A B A C A B ..., 32 chunks: all scenes were true once, the rest is made, with the
+   same errors chunk by chunk; VDE-Subject takes 1 - error over ten parts of the film.
 2. Four short tunings of `block` with equal steps, batches and learning rate, on 4 chunks of one scene without end: with a true
-   past; with a noised past (times up to 0.3); with own chunks for the past; and with rising noise besides. Each then goes on from
+   past (though `block` itself has learnt with times up to 0.05 there); with a noised past (times up to 0.3); with own chunks for the past; and with rising noise besides. Each then goes on from
    one true chunk to 32. Error: mean of body and ground over the last four chunks. VDE-Clarity takes the gradient energy.
 3. The last of these with velocity forcing, gamma 0.1, 0.5 and 1 (0 is itself). Consistency is the error above; motion is the
    body's mean speed over the true one's, over the last half. Tuned models are run without guidance, as their own past was made.
@@ -38,7 +38,8 @@ from minivid.world.scores import sharpness, vde
 FILES = ["minivid/weights/block.safetensors", "minivid/weights/tok-f.safetensors"]
 CHUNK, STEPS, GUIDANCE = 4, 8, 2.0
 TAU = 0.7  # keeps six in ten tokens; the paper's 0.97 keeps nearly all here
-TUNED, BATCH, RATE, OWN = 40, 8, 3e-4, 4  # steps, clips, learning rate, sampling steps of own chunks
+GAP = 0.04  # a tenth of what retrieval gained over the window in a trial
+TUNED, BATCH, RATE, OWN = 60, 8, 3e-4, 4  # steps, clips, learning rate, sampling steps of own chunks
 
 
 class AtRandom(Semantic):
@@ -274,7 +275,7 @@ CLAIMS = Claims(
         # 1: what is read when a scene comes back
         less("recall: retrieval", "recall: window", 0.5, "body"),
         less("recall: sparse", "recall: window", 0.5, "body"),
-        Compare("body: sparse as good as dense", "body", "recall: sparse", "recall: retrieval", -0.04, False),  # a tenth of the gap
+        Compare("body: sparse as good as dense", "body", "recall: sparse", "recall: retrieval", -GAP, False),
         less("recall: sparse, 0.97", "recall: retrieval", 0.0, "body", False),
         less("recall: sparse", "recall: at random", 0.0, "body", False),
         *(less("recall: retrieval", f"recall: {other}", 0.0, "body", False) for other in ("stride", "full", "moved up")),
