@@ -9,8 +9,9 @@
    the past tells its look. Then whole films, A B A C A B ..., 32 chunks: all scenes were true once, the rest is made, with the
    same errors chunk by chunk; VDE-Subject takes 1 - error over ten parts of the film.
 2. Four short tunings of `block` with equal steps, batches and learning rate, on 4 chunks of one scene without end: with a true
-   past (though `block` itself has learnt with times up to 0.05 there); with a noised past (times up to 0.3); with own chunks for the past; and with rising noise besides. Each then goes on from
-   one true chunk to 32. Error: mean of body and ground over the last four chunks. VDE-Clarity takes the gradient energy.
+   past (though `block` has learnt with times up to 0.05 there); with a noised past (times up to 0.3); with own chunks for the
+   past; and with rising noise besides. Each then goes on from one true chunk to 32. Error: mean of body and ground over the last
+   four chunks. VDE-Clarity takes the gradient energy.
 3. The last of these with velocity forcing, gamma 0.1, 0.5 and 1 (0 is itself). Consistency is the error above; motion is the
    body's mean speed over the true one's, over the last half. Tuned models are run without guidance, as their own past was made.
 Also, without a vote: 240 chunks, thirty times those of `block`'s training; the time of a step against the length of the past; the

@@ -71,14 +71,14 @@ show.clips(list(rows.values()), list(rows), f"B ends, then “{captions[known]}�
 #
 # <details><summary>One answer</summary>
 #
-# Keep everything and let the queries choose the pages that they score highest. That works, and it must score the whole past at
-# every step, in every layer. Each chunk comes with a caption, though, and the caption says where we are.
+# Keep everything and let the queries choose the pages that they score highest. That works, and scores the whole past at every
+# step. But each chunk comes with a caption, which says where we are.
 #
 # </details>
 #
 # ## The naive way: a window
 #
-# Its error has nothing to do with how good the model is: what isn't read can't be known. The colour that it draws is a guess.
+# What isn't read can't be known, however good the model: the colour is a guess.
 
 # %% tags=["nbval-ignore-output"]
 apart = lambda name: (rows[name][:, 4:] - truth[:, 4 * known :]).square().mean().sqrt().item()
@@ -128,8 +128,7 @@ similar = names @ names.T
 
 # %%
 def inspect(chunk, tau, layer):
-    chosen = reads[chunk]
-    block = chosen[0]
+    chosen, block = reads[chunk], reads[chunk][0]
     keep = paper.salient(masses[layer, block][None], tau)[0].view(4, 4, 4)
     area = keep.repeat_interleave(8, 1).repeat_interleave(8, 2)
     frames = longer[:, 4 * block : 4 * block + 4].clamp(-1, 1) / 2 + 0.5
@@ -171,8 +170,8 @@ curves = {name: (list(range(6)), [100 * k[part].float().mean().item() for k in k
 show.lines(curves, "layer", "kept at tau = 0.7, %", "Salient is not what you would think")
 
 # %% [markdown]
-# Some layers throw the body away, of all things, and some keep the last frame because it is near. What a chunk's own queries look
-# at is not what a chunk ten seconds later will ask. In the claim, watch “at random”.
+# Some layers throw the body away, of all things; some keep mostly the last frame. What a chunk's own queries look at is not what
+# a later chunk will ask. In the claim, watch “at random”.
 #
 # What are captions compared by? Words that name a scene or a look. Take all words, and “back to the” makes two scenes alike that
 # have nothing else in common; take the model's own text encoder, and scenes are mixed up more often still:
