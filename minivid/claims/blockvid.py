@@ -107,10 +107,14 @@ def apart(clips, truth):
 
 
 @torch.no_grad()
-def go_on(some, known, chunks, cache, seed, starts=None, model=None, guidance=GUIDANCE, steps=STEPS):
-    """Clips of the films' first `known` chunks (true, through the tokenizer) and those that are made after them."""
+def go_on(some, known, chunks, cache, seed, starts=None, model=None, steps=STEPS):
+    """Clips of the films' first `known` chunks (true, through the tokenizer) and those that are made after them.
+
+    By `block` with guidance, or by another model without.
+    """
     tok = loaded("tok-f")
     true = tok.encode(world.batch(some, 32, CHUNK * known, starts or 0))
+    guidance = 1.0 if model else GUIDANCE
     made = sample.film(told(some, chunks, starts), true, cache, seed, steps, guidance, model=model or loaded("block"))
     return torch.cat([tok.decode(part) for part in made.split(64, 2)], 2)
 
@@ -206,7 +210,7 @@ def tune(seed, fast, tuning=True, **forcing):
     """Drift of a tuned model from one true chunk on, and its memory of a scene that returns."""
     model = tuned(seed, fast, **forcing) if tuning else loaded("block")
     some, chunks = [endless(film) for film in films("any", 1 if fast else 8, seed)], 4 if fast else 32
-    made = go_on(some, 1, chunks, Window(3), seed, None, model, 1.0, 2 if fast else STEPS)
+    made = go_on(some, 1, chunks, Window(3), seed, model=model, steps=2 if fast else STEPS)
     found = drift(series(made, world.batch(some, 32, CHUNK * chunks)))
     return found | {"recall": recall(seed, fast, "sparse", model=model, n=8)["body"]}
 
