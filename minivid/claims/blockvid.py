@@ -170,7 +170,7 @@ def drift(rows, last=4):
 
 def long(seed, fast, cache, chunks=32, n=4):
     """Films A B A C ..., every scene true once."""
-    n, chunks = (1, 14) if fast else (n, chunks)
+    n, chunks = (1, 6) if fast else (n, chunks)
     rows = []
     for film in films("any", n, seed):  # each has a period of its own
         known = min(film.period // CHUNK, chunks - 2)
@@ -212,7 +212,7 @@ def tune(seed, fast, tuning=True, **forcing):
     some, chunks = [endless(film) for film in films("any", 1 if fast else 8, seed)], 4 if fast else 32
     made = go_on(some, 1, chunks, Window(3), seed, model=model, steps=2 if fast else STEPS)
     found = drift(series(made, world.batch(some, 32, CHUNK * chunks)))
-    return found | {"recall": recall(seed, fast, "sparse", model=model, n=8)["body"]}
+    return found if fast else found | {"recall": recall(seed, fast, "retrieval", model=model, n=8)["body"]}
 
 
 # --- time ---------------------------------------------------------------------------------------------------------------

@@ -114,6 +114,7 @@ def test_with_everything_off_the_loss_is_the_plain_one():
 
 
 @given(SEEDS, st.floats(0.05, 0.99))
+@settings(max_examples=20)
 def test_the_kept_tokens_are_the_fewest_that_reach_tau(seed, tau):
     mass = torch.rand(3, 20, generator=dice(seed), dtype=torch.float64).square()
     for row, keep in zip(mass, paper.salient(mass, tau), strict=True):
@@ -123,6 +124,7 @@ def test_the_kept_tokens_are_the_fewest_that_reach_tau(seed, tau):
 
 
 @given(SEEDS)
+@settings(max_examples=20)
 def test_more_is_kept_for_a_larger_tau_and_a_permutation_permutes_it(seed):
     mass, order = torch.rand(2, 20, generator=dice(seed)), torch.randperm(20, generator=dice(seed))
     kept = [paper.salient(mass, tau) for tau in (0.1, 0.5, 0.9, 1.0)]
@@ -216,6 +218,7 @@ def test_bytes_moved_are_counted():
 
 
 @given(st.integers(1, 40), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=20)
 def test_levels_rise_from_end_to_end(n, a, b):
     low, high = min(a, b), max(a, b)
     for form in ("linear", "cosine"):
@@ -228,6 +231,7 @@ def test_levels_rise_from_end_to_end(n, a, b):
 
 
 @given(SEEDS, st.sampled_from(["linear", "cosine"]))
+@settings(max_examples=20)
 def test_the_first_noised_chunk_keeps_its_time_and_later_ones_are_noisier(seed, form):
     t, first = torch.rand(8, 5, generator=dice(seed)), torch.randint(0, 5, (8, 1), generator=dice(seed))
     noised = torch.arange(5) >= first
@@ -237,6 +241,7 @@ def test_the_first_noised_chunk_keeps_its_time_and_later_ones_are_noisier(seed, 
 
 
 @given(SEEDS, st.integers(1, 9))
+@settings(max_examples=20)
 def test_shuffling_permutes_within_windows(seed, s):
     eps = torch.randn(2, 1, 8, 1, 1, generator=dice(seed))
     found = paper.shuffled(eps, s, dice(seed))
