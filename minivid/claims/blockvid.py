@@ -16,6 +16,18 @@
    body's mean speed over the true one's, over the last half. Tuned models are run without guidance, as their own past was made.
 Also, without a vote: 240 chunks, thirty times those of `block`'s training; the time of a step against the length of the past; the
 speed-up of a cache over computing the past anew, beside the one that the operations promise.
+
+Outcome: the cache does what it promises. A scene that returns out of reach of the window has its colour back when its chunks
+are looked up: an error of 0.02 where the window, and a sink, guess (0.43, 0.46), chunks spread over the past hit it half by
+luck (0.08), and the full past, of three times as many tokens, is no better (0.04). The salient tokens alone, seven in ten of
+what is read, err by 0.04; as many tokens at random by 0.03, so it is not their salience that helps, and the paper's tau of 0.97
+keeps nearly all. A scene that is new gains nothing. In films of 32 chunks the error at the end falls by 58 %; over a minute
+(240 chunks) it is 0.22 for 0.32, with seeds far apart. A step costs the same after 32 chunks as after 4; the cache makes it 32
+times as fast as no cache, where its operations promise 94. The training does not: sixty steps with a true past help most. Own
+chunks for the past nearly double the error at the end, and what they make is blurred and slow: asked for the true chunk after a
+past that went elsewhere, the model learns something in between. The critic that is left out here is there to ask for a likely
+chunk instead. Rising noise changes nothing beyond the draw. Velocity forcing with gamma 0.1 changes nothing either; with 0.5
+and 1 films blur, slow down and drift more.
 """
 
 from dataclasses import replace
