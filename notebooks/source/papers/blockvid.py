@@ -347,8 +347,8 @@ films = {name: curve(f"film: {name}") for name in ("window", "stride", "retrieva
 show.lines(films, "chunk of the film", "error of body and ground", "Films of 32 chunks: scenes come back again and again")
 
 # %% [markdown]
-# And drift. One scene without end, one true chunk, 31 made; `block` as it is, and after sixty steps of each training. What `own past`
-# asks for is the true chunk after a past that went elsewhere, and that has no good answer:
+# And drift. One scene without end, one true chunk, 31 made; `block` as it is, and after sixty steps of each training. What
+# `own past` asks for is the true chunk after a past that went elsewhere, and that has no good answer:
 
 # %% tags=["nbval-ignore-output"]
 arms = ("untuned", "true past", "noised past", "own past", "own past, rising", "gamma 0.5")
