@@ -107,8 +107,7 @@ def axis(frames):
         axes[0].set_title(f"{frames} a block")
         axes[1].imshow(picture, interpolation="nearest")
         axes[1].set_axis_off()
-        calls, first = 16 // frames * 10, 10
-        axes[1].set_title(f"{calls} calls of {16 * frames} tokens; first frames after {first} of them")
+        axes[1].set_title(f"{16 // frames * 10} calls of {16 * frames} tokens; the first frames are there after 10")
 
     name = {1: "autoregression", 16: "plain diffusion"}.get(frames, "block diffusion")
     pairs = 10 * sum(16 * frames * 16 * frames * (i + 1) for i in range(16 // frames))
@@ -116,6 +115,7 @@ def axis(frames):
     return plots.figure(draw, (8.6, 2.5), told, f"{told}; {sees.float().mean():.0%} of all pairs of frames are seen.", (1, 2))
 
 
+# %%
 settled = [dict(frames=frames) for frames in (1, 4, 16)]
 play.knobs(axis, settled=settled, frames=play.Choice(LENGTHS))
 

@@ -382,16 +382,17 @@ show.bars(rises, "rise of the loss (a dot a draw)", "Four bits a weight on avera
 
 # %%
 stills, _ = weights.read("06_quantization.safetensors")
+blank = torch.full((3, 32, 32), 255, dtype=torch.uint8)
 methods = {"nearest": "nearest, a row", "nearest, a group of 32": "nearest, 32 weights", "gptq": "GPTQ, a row",
            "dmmv": "DMMV, a row", "hawqv3": "HAWQ-V3, a row", "quantvggt": "QuantVGGT, a row", "vq4dit": "VQ4DiT"}  # fmt: skip
 
 
 def board(frame):
-    blank = torch.full((3, 32, 32), 255, dtype=torch.uint8)
     still = lambda way, bits: stills[f"{way}, {bits}"][:, frame] if f"{way}, {bits}" in stills else blank
     tile = lambda picture: torch.nn.functional.pad(picture, (1, 1, 1, 1), value=255)
     row = lambda way: [stills["float"][:, frame], *(still(way, bits) for bits in (8, 6, 4, 3, 2))]
     picture = torch.cat([torch.cat([tile(one) for one in row(way)], 2) for way in methods], 1).movedim(0, 2)
+    told = f"“{caption}”, frame {4 * frame} of 16: a row for each way, a column for each number of bits."
 
     def draw(ax):
         ax.imshow(picture, interpolation="nearest")
@@ -400,8 +401,7 @@ def board(frame):
         ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         ax.spines[:].set_visible(False)
 
-    told = f"“{caption}”, frame {4 * frame} of 16"
-    return plots.figure(draw, (7.2, 6.4), told, f"{told}: a row for each way, a column for each number of bits.")
+    return plots.figure(draw, (7.2, 6.4), f"frame {4 * frame}", told)
 
 
 # %%
