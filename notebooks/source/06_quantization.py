@@ -387,6 +387,7 @@ methods = {"nearest": "nearest, a row", "nearest, a group of 32": "nearest, 32 w
            "dmmv": "DMMV, a row", "hawqv3": "HAWQ-V3, a row", "quantvggt": "QuantVGGT, a row", "vq4dit": "VQ4DiT"}  # fmt: skip
 
 
+# %%
 def board(frame):
     still = lambda way, bits: stills[f"{way}, {bits}"][:, frame] if f"{way}, {bits}" in stills else blank
     tile = lambda picture: torch.nn.functional.pad(picture, (1, 1, 1, 1), value=255)
