@@ -245,12 +245,12 @@ def penalty(u, v):
 # %% tags=["exercise-check"]
 import torch
 
-u, v = (torch.randn(7, 5, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-right = sum(x[:, b:].norm() for x in (u, v) for b in range(5))
-if torch.allclose(penalty(u, v), right):
+some, others = (torch.randn(7, 5, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+right = sum(x[:, b:].norm() for x in (some, others) for b in range(5))
+if torch.allclose(penalty(some, others), right):
     print("Right.")
 else:
-    print(f"It should be {right:.3f}, yours is {penalty(u, v):.3f}. Is the last column in all five norms?")
+    print(f"It should be {right:.3f}, yours is {penalty(some, others):.3f}. Is the last column in all five norms?")
     print("Not yet.")
 
 # %% [markdown]
