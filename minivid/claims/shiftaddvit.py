@@ -36,9 +36,10 @@ from minivid.lab import measure
 from minivid.lab.claims import Arm, Claims, Compare, Floor
 from minivid.quantization import shiftaddvit as paper
 
-FILES = [f"minivid/weights/{name}.safetensors" for name in ("video", "tok-v")] STEPS, CLIPS, BATCH, HELD, TIMES = (300, 2), (64,
-2), (4, 2), (16, 2), (10, 2) # full, fast RATE = {"attention": 3e-3, "shift": 1e-3, "uniform": 3e-4, "second": 3e-4} # learning
-rates: of the first stage, and of the second TOKENS, WIDE, HEADS = 80, 128, 4
+FILES = [f"minivid/weights/{name}.safetensors" for name in ("video", "tok-v")]
+STEPS, CLIPS, BATCH, HELD, TIMES = (300, 2), (64, 2), (4, 2), (16, 2), (10, 2)  # full, fast
+RATE = {"attention": 3e-3, "shift": 1e-3, "uniform": 3e-4, "second": 3e-4}  # of the first stage, and of the second
+TOKENS, WIDE, HEADS = 80, 128, 4
 
 # --- material -----------------------------------------------------------------------------------------------------------
 
