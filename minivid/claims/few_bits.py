@@ -12,6 +12,16 @@ block, each seeing what the quantised ones before it say of 64 clips. DMMV: from
 inputs (three bits only: it takes the longest). HAWQ-V3: 2, 3, 4, 6 or 8 bits a layer by curvature (16 probes, 8 clips), the mean
 as given; one symmetric grid a row, nearest. QuantVGGT: rotated, then smoothed, to the nearest; nothing learnt. VQ4DiT: at 2 and 4
 bits 256 codewords of 4 and 2 weights, a codebook a role, at 3 bits 64 pairs, a codebook a layer, calibrated as in its own claim.
+
+Outcome: down to four bits the model follows captions as before (91 to 94 of 100; the float model 92), by whatever way but
+HAWQ-V3's. Below, asking what the layer says is what counts: GPTQ is 5 dB nearer than the nearest values at four bits and at
+three, where it still follows 89 of 100 captions and they 63. DMMV's worst-case codes are no better than those of GPTQ, from
+which they began. At two bits VQ4DiT is the only one that keeps most (73; GPTQ 63, the nearest 1); its 1.9 dB over GPTQ, where 2
+were asked for, depend on the draw. Bits shared out by curvature are 4 dB *further* from the float model's clips than four bits
+for all, at the same error of single outputs: about half of that is the symmetric grid ("symmetric"), the rest is where the bits
+went. The training loss cares least for attention to words and for early blocks, which get 2 or 3 bits, and most for the last
+blocks, which get 6; the sampler's walk depends on all. Rotating and smoothing bring nothing on average (this model has no
+giants, and its inputs have 8 bits besides).
 """
 
 from collections.abc import Callable
@@ -92,6 +102,12 @@ def to_nearest(seed: int, fast: bool, bits: int, group: int | None) -> Small:
     """To the nearest value. group: weights of a row that share a grid; None for the whole row."""
     split = lambda w: w if group is None else w.unflatten(1, (-1, group))
     new = {name: QuantisedLinear.of(m, quant.minmax(split(m.weight.detach()), bits, -1)) for name, m in linears(fast).items()}
+    return swap(loaded("video"), new), stored(new)
+
+
+def to_symmetric(seed: int, fast: bool, bits: int) -> Small:
+    """To the nearest value of a symmetric grid a row, as HAWQ-V3 rounds."""
+    new = {name: QuantisedLinear.of(m, quant.symmetric(m.weight.detach(), bits, 1)) for name, m in linears(fast).items()}
     return swap(loaded("video"), new), stored(new)
 
 
@@ -187,6 +203,10 @@ def nearest(seed, fast, bits, group):
     return scored(seed, fast, *to_nearest(seed, fast, bits, group))
 
 
+def symmetric(seed, fast, bits):
+    return scored(seed, fast, *to_symmetric(seed, fast, bits))
+
+
 def gptq(seed, fast, bits):
     return scored(seed, fast, *by_gptq(seed, fast, bits))
 
@@ -214,6 +234,7 @@ ARMS = {
     "float": Arm(whole, FILES),
     **{f"nearest, {bits}": Arm(nearest, FILES, bits=bits, group=None) for bits in ALL},
     **{f"nearest, a group of 32, {bits}": Arm(nearest, FILES, bits=bits, group=32) for bits in ALL},
+    "symmetric, 4": Arm(symmetric, FILES, bits=4),
     **{f"gptq, {bits}": Arm(gptq, FILES, bits=bits) for bits in ALL},
     "dmmv, 3": Arm(searched, [*FILES, PAPERS + "dmmv/uses.py", PAPERS + "dmmv/solver.py"], bits=3),
     **{f"hawqv3, {bits}": Arm(shared_out, [*FILES, PAPERS + "hawqv3/allocation.py", "minivid/claims/hawqv3.py"], bits=bits)
@@ -235,8 +256,8 @@ CLAIMS = Claims(
         Compare("4 bits, GPTQ: follows as the float model", "follows", "gptq, 4", "float", -0.05),
         nearer("gptq, 4", "nearest, 4", 1.0), nearer("gptq, 3", "nearest, 3", 1.0), nearer("gptq, 3", "nearest, 4", 0.0, False),
         nearer("nearest, a group of 32, 3", "nearest, 3", 1.0),
-        nearer("hawqv3, 4", "nearest, 4", 0.0), nearer("quantvggt, 4", "nearest, 4", 0.0),
-        nearer("vq4dit, 2", "gptq, 2", 2.0), nearer("dmmv, 3", "gptq, 3", 0.0, False),
+        nearer("hawqv3, 4", "nearest, 4", 0.0), nearer("hawqv3, 4", "symmetric, 4", 0.0, False),
+        nearer("quantvggt, 4", "nearest, 4", 0.0), nearer("vq4dit, 2", "gptq, 2", 2.0), nearer("dmmv, 3", "gptq, 3", 0.0, False),
     ],
     sources=["minivid/core/baselines/quant.py", "minivid/core/surgery.py", "minivid/claims/vq4dit.py", "minivid/claims/dmmv.py"],
     tolerance=0.1,

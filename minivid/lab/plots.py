@@ -84,7 +84,7 @@ def lines(
 
     def draw(ax: Any) -> None:
         for i, (xs, ys) in enumerate(series.values()):
-            ax.plot(xs, ys, color=CYCLE[i % 6], ls=DASHES[i % 6], marker=MARKERS[i % 6], ms=4, lw=1.6)
+            ax.plot(xs, ys, **_look(i), ms=4, lw=1.6)
         if "x" in log:
             ax.set_xscale("log")
             places = sorted({float(v) for xs, _ in series.values() for v in xs})
@@ -97,6 +97,12 @@ def lines(
 
     alt = alt or f"{caption or 'Lines'}: {y} against {x} for {', '.join(series)}."
     return figure(draw, (6.5, 3.2), f"lines {len(series)}", alt)
+
+
+def _look(i: int) -> dict[str, Any]:
+    """Colour, dash and marker of the i-th line: after six the colours come again, with the next dash and marker."""
+    second = (i + i // 6) % 6
+    return {"color": CYCLE[i % 6], "ls": DASHES[second], "marker": MARKERS[second]}
 
 
 def _marks(places: Sequence[Number]) -> list[Number]:
@@ -112,12 +118,15 @@ def _name_ends(ax: Any, series: Mapping[str, tuple]) -> None:
     ax.figure.draw_without_rendering()
     to_screen, to_data = ax.transAxes.inverted(), ax.transData
     ends = [to_screen.transform(to_data.transform((xy[0][-1], xy[1][-1])))[1] for xy in series.values()]
-    free = -1.0
-    for i in sorted(range(len(ends)), key=ends.__getitem__):
-        free = max(ends[i], free + 0.08)
-        look = {"color": CYCLE[i % 6], "ls": DASHES[i % 6], "marker": MARKERS[i % 6], "ms": 4, "markevery": [1]}
-        ax.plot([1.01, 1.035, 1.06], [free] * 3, transform=ax.transAxes, clip_on=False, **look)
-        ax.annotate(list(series)[i], (1.07, free), xycoords="axes fraction", va="center")
+    order, free, top = sorted(range(len(ends)), key=ends.__getitem__), -1.0, 1.0
+    for i in order:  # upwards, each clear of the one below
+        free = ends[i] = max(ends[i], free + 0.08)
+    for i in reversed(order):  # and down again, if that went beyond the picture
+        ends[i] = min(ends[i], top)
+        top = ends[i] - 0.08
+    for i in order:
+        ax.plot([1.01, 1.035, 1.06], [ends[i]] * 3, transform=ax.transAxes, clip_on=False, **_look(i), ms=4, markevery=[1])
+        ax.annotate(list(series)[i], (1.07, ends[i]), xycoords="axes fraction", va="center")
 
 
 def attention(

@@ -208,6 +208,20 @@ for way, title in titles.items():
 show.lines(curves, "parameters of the model, millions", "rise of the loss", "Weights and quality", log="y")
 
 # %% [markdown]
+# ## One training, all sizes
+#
+# So far every size is a model of its own. A model can also *learn to be cut*: run it at random widths for some steps, so that the
+# first terms of each product must carry most ([Maestro](papers/maestro.ipynb)). From its claim: the same generator, begun
+# at the weighted SVD, with equal steps for all; "a model a size" shares them among three specialists.
+
+# %% tags=["nbval-ignore-output"]
+taught = claims.read("maestro")["arms"]
+titles = {"start": "SVD, weighted", "single": "one layer a step", "independent": "all layers", "specialists": "a model a size"}
+ladder = {title: ((25, 50, 75), [fmean(taught[f"video: {arm}"]["values"][f"rise_{share}"]) for share in (25, 50, 75)])
+          for arm, title in titles.items()}  # fmt: skip
+show.lines(ladder, "numbers of the matrices left, %", "rise of the loss", "Cut anywhere, after one training")
+
+# %% [markdown]
 # ## The papers of this chapter
 
 # %% tags=["nbval-ignore-output"]
@@ -224,5 +238,6 @@ Markdown(papers.listed(asks))
 #
 # * [MoDeGPT](papers/modegpt.ipynb): three decompositions, one for each thing that can stand between two matrices.
 # * [DSFormer](papers/dsformer.ipynb): a dense matrix times a sparse one, whose places are learnt.
+# * [Maestro](papers/maestro.ipynb): terms put in order while they are trained.
 # * [FlashSVD](papers/flashsvd.ipynb): memory, measured while it runs.
 # * [00 · Start](00_start.ipynb): the model that was cut here.

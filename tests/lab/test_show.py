@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minivid.lab import canvas, claims, papers, show
+from minivid.lab import canvas, claims, papers, plots, show
 
 
 def rand(*shape, seed=0):
@@ -191,3 +191,20 @@ def test_a_verdict_names_every_test_that_counts_and_where_the_paper_differs():
     assert counting and all(f"| {claim} | " in said for claim in counting)
     assert said.startswith(f"**{result['verdict']}**") and claims.outcome("simvq") in said
     assert said.endswith(papers.find("simvq").card().differs)
+
+
+def test_twelve_lines_look_different():
+    looks = [plots._look(i) for i in range(12)]
+    assert len({look["color"] for look in looks[:6]}) == 6 and len({str(sorted(look.items(), key=str)) for look in looks}) == 12
+
+
+def test_names_of_lines_stay_in_the_picture():
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    series = {f"s{i}": ([0, 1], [0.0, 1.0 + 0.001 * i]) for i in range(9)}
+    for xs, ys in series.values():
+        ax.plot(xs, ys)
+    plots._name_ends(ax, series)
+    heights = sorted(text.xy[1] for text in ax.texts)
+    assert len(heights) == 9 and heights[-1] <= 1.0 and min(b - a for a, b in zip(heights, heights[1:], strict=False)) > 0.079
