@@ -1,7 +1,7 @@
 """Draw one caption from one noise by every small model of the chapter on quantization: python scripts/make_few_bits.py
 
 writes notebooks/06_quantization.safetensors: every fourth frame of each clip in bytes, "way, bits" -> `c f h w`. The models are
-those of the claim `few-bits`, seed 0. Ten minutes on one core.
+those of the claim `few-bits`, seed 0. Half an hour on one core.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ OUT = Path(__file__).resolve().parents[1] / "notebooks" / "06_quantization.safet
 CAPTION, SEED = "a red circle moves right", 3
 MODELS = {claim.nearest: claim.to_nearest, claim.gptq: claim.by_gptq, claim.searched: claim.by_search,
           claim.shared_out: claim.by_curvature, claim.rotated: claim.by_rotation,
-          claim.codewords: claim.by_codewords}  # fmt: skip
+          claim.codewords: claim.by_codewords, claim.trained: claim.by_training, claim.shifted: claim.by_shifts}  # fmt: skip
 
 
 def stills(model) -> torch.Tensor:

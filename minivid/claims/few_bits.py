@@ -1,17 +1,19 @@
-"""Chapter 06 in one table: clips of `video` by every way of the chapter that spends 8, 6, 4, 3 or 2 bits on a weight.
+"""Chapter 06 in one table: clips of `video` by every way of the chapter that spends 8, 6, 5, 4, 3 or 2 bits on a weight.
 
 Quantised are the matrices of the six blocks and the time modulation that they share (1.47 M weights); activations stay in
-float32, but in QuantVGGT's arms, where the inputs of these layers have 8 bits a token. "bits" are all bits a weight that are
-stored for these layers: codes, steps, offsets, codebooks, biases. "psnr" is in dB to the float model's clips from the same noise
-(24 held-out captions, 20 steps), "colour", "shape" and "motion" are the shares in which the judge reads back what was asked for,
-"follows" their mean, "error" is |y - y'|^2 / |y|^2 of the model's outputs on noisy held-out clips. A seed is another set of
-captions, noises and calibration clips.
+float32, but in QuantVGGT's and QVGen's arms, where the inputs of these layers have 8 bits a token. "bits" are all bits a weight
+that are stored for these layers: codes, steps, offsets, codebooks, biases. "psnr" is in dB to the float model's clips from the
+same noise (24 held-out captions, 20 steps), "colour", "shape" and "motion" are the shares in which the judge reads back what
+was asked for, "follows" their mean, "error" is |y - y'|^2 / |y|^2 of the model's outputs on noisy held-out clips. A seed is
+another set of captions, noises and calibration clips.
 
 Nearest: a grid as wide as the weights, for a row or for 32 weights of a row. GPTQ: a grid a row, clip-searched, block after
 block, each seeing what the quantised ones before it say of 64 clips. DMMV: from those codes, 20 rounds of its search on 512
 inputs (three bits only: it takes the longest). HAWQ-V3: 2, 3, 4, 6 or 8 bits a layer by curvature (16 probes, 8 clips), the mean
 as given; one symmetric grid a row, nearest. QuantVGGT: rotated, then smoothed, to the nearest; nothing learnt. VQ4DiT: at 2 and 4
 bits 256 codewords of 4 and 2 weights, a codebook a role, at 3 bits 64 pairs, a codebook a layer, calibrated as in its own claim.
+QVGen: trained 400 steps with the rounding on, helpers of rank 16 that fade; "trained" is the same without helpers. ShiftAddViT:
+powers of two in 5 bits, 300 steps of its distillation; its attention by additions would be another model, and is left out.
 
 Outcome: down to four bits the model follows captions as before (91 to 94 of 100; the float model 92), by whatever way but
 HAWQ-V3's. Below, asking what the layer says is what counts: GPTQ is 5 dB nearer than the nearest values at four bits and at
@@ -24,6 +26,7 @@ blocks, which get 6; the sampler's walk depends on all. Rotating and smoothing b
 giants, and its inputs have 8 bits besides).
 """
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -33,6 +36,8 @@ from torch import Tensor, nn
 from minivid import world
 from minivid.claims import dmmv as lists
 from minivid.claims import hawqv3 as curves
+from minivid.claims import qvgen as training
+from minivid.claims import shiftaddvit as shifts
 from minivid.claims import vq4dit as words
 from minivid.claims.vq4dit import BLOCKS, FILES, loaded, names
 from minivid.core.baselines import quant
@@ -40,8 +45,9 @@ from minivid.core.baselines.quant import QuantisedLinear
 from minivid.core.model import Cond
 from minivid.core.sample import generate
 from minivid.core.surgery import Gram, record, swap
+from minivid.lab import measure
 from minivid.lab.claims import Arm, Claims, Compare, Floor
-from minivid.quantization import dmmv, quantvggt, vq4dit
+from minivid.quantization import dmmv, quantvggt, qvgen, shiftaddvit, vq4dit
 from minivid.quantization.hawqv3 import curvature, sensitivity
 from minivid.world.judge import judge
 from minivid.world.scores import psnr
@@ -185,6 +191,24 @@ def by_rotation(seed: int, fast: bool, bits: int) -> Small:
     return quantvggt.folded(small).get_submodule("inside"), total
 
 
+def by_training(seed: int, fast: bool, bits: int, rank: int) -> Small:
+    """QVGen, inputs in 8 bits; rank 0: without helpers."""
+    how, swept = qvgen.Bits(bits, 8, rank), (2, 4) if bits == 2 else (3, 3)
+    tuning = qvgen.Tuning(training.STEPS[fast], training.LR[swept][rank > 0], seed=seed)
+    model, _ = training.trained(seed, fast, how, tuning, mod=True)
+    layers = {name: layer.packed() for name, layer in qvgen.layers(model).items()}
+    clipping = sum(layer.inputs.clip.numel() for layer in qvgen.layers(model).values())
+    return swap(model, layers), stored(layers) + 16 * clipping
+
+
+def by_shifts(seed: int, fast: bool) -> Small:
+    """ShiftAddViT's layers: powers of two."""
+    model = shiftaddvit.converted(loaded("video"), names(fast), shiftaddvit.Shift)
+    model = shifts.tuned(copy.deepcopy(model), seed, fast, "shift")
+    layers = {name: model.get_submodule(name).packed() for name in names(fast)}
+    return swap(model, layers), 8.0 * sum(measure.stored_bytes(layer) for layer in layers.values())
+
+
 def by_codewords(seed: int, fast: bool, bits: int) -> Small:
     """VQ4DiT."""
     book = dict(d=2 if bits > 2 else 4, k=16 if fast else 64 if bits == 3 else 256, shared=bits != 3)
@@ -227,9 +251,17 @@ def codewords(seed, fast, bits):
     return scored(seed, fast, *by_codewords(seed, fast, bits))
 
 
+def trained(seed, fast, bits, rank):
+    return scored(seed, fast, *by_training(seed, fast, bits, rank))
+
+
+def shifted(seed, fast):
+    return scored(seed, fast, *by_shifts(seed, fast))
+
+
 # --- what is decided before the run -------------------------------------------------------------------------------------
 
-ALL = (8, 6, 4, 3, 2)
+ALL = (8, 6, 5, 4, 3, 2)
 ARMS = {
     "float": Arm(whole, FILES),
     **{f"nearest, {bits}": Arm(nearest, FILES, bits=bits, group=None) for bits in ALL},
@@ -241,6 +273,9 @@ ARMS = {
        for bits in (6, 4, 3)},
     **{f"quantvggt, {bits}": Arm(rotated, [*FILES, PAPERS + "quantvggt/layers.py"], bits=bits) for bits in ALL},
     **{f"vq4dit, {bits}": Arm(codewords, [*FILES, PAPERS + "vq4dit.py"], bits=bits) for bits in (4, 3, 2)},
+    **{f"{how}, {bits}": Arm(trained, [*FILES, PAPERS + "qvgen.py", "minivid/claims/qvgen.py"], bits=bits, rank=rank)
+       for bits in (4, 3, 2) for how, rank in (("trained", 0), ("qvgen", 16))},
+    "shiftaddvit, 5": Arm(shifted, [*FILES, PAPERS + "shiftaddvit.py", "minivid/claims/shiftaddvit.py"]),
 }
 
 
@@ -258,6 +293,8 @@ CLAIMS = Claims(
         nearer("nearest, a group of 32, 3", "nearest, 3", 1.0),
         nearer("hawqv3, 4", "nearest, 4", 0.0), nearer("hawqv3, 4", "symmetric, 4", 0.0, False),
         nearer("quantvggt, 4", "nearest, 4", 0.0), nearer("vq4dit, 2", "gptq, 2", 2.0), nearer("dmmv, 3", "gptq, 3", 0.0, False),
+        nearer("qvgen, 3", "gptq, 3", 0.0), nearer("qvgen, 2", "vq4dit, 2", 0.0), nearer("qvgen, 2", "trained, 2", 0.0),
+        nearer("shiftaddvit, 5", "nearest, 5", 0.0),
     ],
     sources=["minivid/core/baselines/quant.py", "minivid/core/surgery.py", "minivid/claims/vq4dit.py", "minivid/claims/dmmv.py"],
     tolerance=0.1,

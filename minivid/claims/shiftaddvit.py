@@ -19,12 +19,12 @@ linear by 0.346, 0.233, 0.250, shifts by 0.041, 0.031, 0.024 at 1e-4, 3e-4, 1e-3
 the second stage, and lambda, none was tried.
 
 Outcome: the order is the other way round here. Attention by additions costs 0.144 of the output, feed-forward layers by shifts
-0.019, and as many bits on an even grid 0.0014. It isn't the codes: linear attention without them errs as much, so what is lost is
-the softmax, and 300 steps don't make up for it. Latencies steer: 48, 68 and 96 % of the tokens shift where 50, 60 and 90 were
-asked for; the balance is of soft counts, which hard choices overshoot, so two of three shares miss the 5 points. The mixture lies
-between its ends, 2.4 % under all shifted, but chance sends the tokens as well as the router does (-3 % of the gap, 10 were asked).
-Weighing by p_i costs 8 %. Without a balance 37 % shift; it does not drift to one expert. All shifted takes a fifth of the float
-model's energy, the mixture two fifths, and as it keeps both experts, 17 % more bytes than the float layers.
+0.019, and as many bits on an even grid 0.0014. It isn't the codes: linear attention without them errs as much, so what is lost
+is the softmax, and 300 steps don't make up for it. Latencies steer: 48, 68 and 96 % of the tokens shift where 50, 60 and 90
+were asked for; the balance is of soft counts, which hard choices overshoot, so two of three shares miss the 5 points. The
+mixture lies between its ends, 2.4 % under all shifted, but chance sends the tokens as well as the router does (-3 % of the gap,
+10 were asked). Weighing by p_i costs 8 %. Without a balance 37 % shift; it does not drift to one expert. All shifted takes a
+fifth of the float model's energy, the mixture two fifths, and as it keeps both experts, 17 % more bytes than the float layers.
 """
 
 import copy

@@ -50,7 +50,8 @@ def names(model):
 
 def call(b=2, seed=0):
     g = dice(seed)
-    return torch.randn(b, 4, 2, 6, 6, generator=g), torch.rand(b, generator=g), Cond(text=torch.randint(2, 200, (b, 4), generator=g))
+    x, t = torch.randn(b, 4, 2, 6, 6, generator=g), torch.rand(b, generator=g)
+    return x, t, Cond(text=torch.randint(2, 200, (b, 4), generator=g))
 
 
 def batches(i):
@@ -265,8 +266,8 @@ def test_the_other_ways_to_go():
 @pytest.mark.parametrize("removal", [paper.by_rank, paper.as_one, paper.at_once])
 def test_training_lowers_the_loss_removes_the_helpers_and_leaves_the_teacher_alone(removal):
     model = video()
-    before, soft = copy.deepcopy(model.state_dict()), paper.quantised(model, names(model), Bits(3, 3, 4))
-    off = lambda net: (net(*call()) - model(*call())).square().mean().item()
+    before, soft = copy.deepcopy(model.state_dict()), paper.quantised(model, names(model), Bits(2, 8, 4))
+    off = lambda net: (net(*call(16)) - model(*call(16))).square().mean().item()
     start = off(soft)
     told = paper.distil(soft, model, batches, Tuning(40, 1e-3), removal)
     assert not soft.training and all(part.rank == 0 for part in paper.layers(soft).values())
@@ -337,12 +338,13 @@ def test_packed_layers_say_the_same():
 def test_somebody_elses_model_is_trained_as_well():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)).requires_grad_(False)
-    soft = paper.quantised(model, ["0", "2"], Bits(3, 4, 4, groups=1))
-    told = paper.distil(soft, model, lambda i: torch.randn(64, 16, generator=dice(i)), Tuning(100, 1e-3), call=lambda x, g: (x,))
-    plain = paper.quantised(model, ["0", "2"], Bits(3, 4, 0, groups=1))
-    x = torch.randn(200, 16, generator=dice(500))
+    mix = torch.randn(4, 16, generator=dice(7))  # correlated: of white inputs the nearest weights are nearly the best
+    draw = lambda n, seed: torch.randn(n, 4, generator=dice(seed)) @ mix
+    plain, soft = (paper.quantised(model, ["0", "2"], Bits(3, 8, rank, groups=1)) for rank in (0, 4))
+    told = paper.distil(soft, model, lambda i: draw(64, i), Tuning(100, 1e-3), call=lambda x, g: (x,))
+    x = draw(2000, 500)
     off = lambda net: (net(x) - model(x)).square().mean().item()
-    assert len(told) == 100 and off(soft) < 0.9 * off(plain)
+    assert len(told) == 100 and off(soft) < 0.7 * off(plain)
 
 
 def test_bad_input_is_refused_in_words():

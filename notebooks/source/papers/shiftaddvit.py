@@ -236,9 +236,9 @@ errors = {arm: value(arm, "error") for arm in arms}
 show.bars(errors, "relative output error, unseen clips (a dot a seed)", "What each primitive costs")
 
 # %% [markdown]
-# In our model it is attention that doesn't bear it; feed-forward layers lose a seventh of that. The codes are not to blame: linear
-# attention *without* them errs as much, so what is missing is the softmax. And at as many bits an even grid beats powers of two by
-# far: what speaks for shifts is energy alone.
+# In our model it is attention that doesn't bear it; feed-forward layers lose a seventh of that. The codes are not to blame:
+# linear attention *without* them errs as much, so what is missing is the softmax. And at as many bits an even grid beats
+# powers of two by far: what speaks for shifts is energy alone.
 
 # %% tags=["nbval-ignore-output"]
 point = lambda arm: ([fmean(value(arm, "energy"))], [fmean(value(arm, "error"))])
