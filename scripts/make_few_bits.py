@@ -1,7 +1,8 @@
 """Draw one caption from one noise by every small model of the chapter on quantization: python scripts/make_few_bits.py
 
 writes notebooks/06_quantization.safetensors: every fourth frame of each clip in bytes, "way, bits" -> `c f h w`. The models are
-those of the claim `few-bits`, seed 0. Half an hour on one core.
+those of the claim `few-bits`, seed 0. Clips that the file has already stay as they are: delete it to draw them all anew, which
+takes half an hour on one core.
 """
 
 from pathlib import Path
@@ -27,8 +28,8 @@ def stills(model) -> torch.Tensor:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    made = {"float": stills(claim.loaded("video"))}
+    made = weights.read(OUT)[0] if OUT.exists() else {"float": stills(claim.loaded("video"))}
     for name, arm in tqdm(claim.CLAIMS.arms.items()):
-        if arm.run in MODELS:
+        if arm.run in MODELS and name not in made:
             made[name] = stills(MODELS[arm.run](0, False, **arm.settings)[0])
     weights.write(OUT, made, {"by": "python scripts/make_few_bits.py", "caption": CAPTION, "seed": str(SEED)})

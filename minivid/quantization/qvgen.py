@@ -31,8 +31,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..core import fit, noise
-from ..core.baselines.lowrank import linear, svd
-from ..core.baselines.quant import LearnedSteps, QuantisedLinear, between, fake_quantise, minmax, search
+from ..core.baselines.lowrank import svd
+from ..core.baselines.quant import LearnedSteps, QuantisedLinear, between, fake_quantise, minmax, quantise, search
 from ..core.model import Cond
 from ..core.surgery import Clock, swap
 
@@ -132,9 +132,11 @@ class QVLinear(nn.Module):
         w = self.grid(self.weight)
         return F.linear(self.inputs(x), w + self.helper if self.training and self.rank else w, self.bias)
 
+    @torch.no_grad()
     def packed(self) -> QuantisedLinear:
         """What is shipped: codes, steps and offsets in fp16, and the clipping of the inputs."""
-        return QuantisedLinear.of(linear(self.weight, self.bias), self.grid.steps, inputs=self.inputs)
+        s = self.grid.steps  # codes by the grid as learnt: weights end up halfway between two, and fp16 decides otherwise
+        return QuantisedLinear(quantise(self.weight, s), s.stored(), self.bias, self.inputs)
 
 
 def layers(model: nn.Module) -> dict[str, QVLinear]:

@@ -328,11 +328,11 @@ def test_packed_layers_say_the_same():
     small = paper.shipped(soft)
     assert not paper.layers(small)
     want = soft(*call())
-    assert (small(*call()) - want).norm() < 0.05 * want.norm()  # steps in fp16: some input or weight takes the next code
+    assert (small(*call()) - want).norm() < 0.05 * want.norm()  # steps in fp16: some input takes the next code
     part = next(iter(paper.layers(soft).values()))
     packed, w = part.packed(), part.grid(part.weight).detach()
     assert packed.packed.nbytes == math.ceil(w.numel() * 3 / 8)
-    assert ((packed.weight - w).abs() > 2e-3).float().mean() < 0.01
+    assert (packed.weight - w).abs().max() < 2e-3
 
 
 def test_somebody_elses_model_is_trained_as_well():
