@@ -337,6 +337,25 @@ show.bars(bars, "error of the model's output (a dot a seed)", "Two bits and what
 # GPTQ with tuned steps is ahead of VQ4DiT with a book a layer, and behind it with a book a role (one for all queries, one for
 # all keys ...); at 3 and 4 bits GPTQ wins clearly.
 #
+# ## Training while it rounds
+#
+# So far a finished model was rounded. It can also be *trained* while it is being rounded: forwards round, backwards act as if
+# nothing had been (the straight-through estimator), and let the float model teach. Weights then move until their *rounded* values
+# say the right thing. [QVGen](papers/qvgen.ipynb) gives each layer a helper besides, a small product of two matrices in full
+# precision that says what the bits can't; it fades, half of it at a time, and is gone at the end. Here inputs have few bits too
+# (W3A3: weights 3, inputs, or *activations*, 3). From its claim, 400 steps:
+
+# %% tags=["nbval-ignore-output"]
+found = claims.read("qvgen")["arms"]
+hows = {"rounded": "rounded", "trained": "QAT", "with a helper that fades": "QVGen"}
+bars = {f"{width}, {how}": found[f"{width}: {arm}"]["values"]["error"] for width in ("W4A4", "W3A3", "W2A4")
+        for how, arm in hows.items()}  # fmt: skip
+show.bars(bars, "error of the model's output (a dot a seed)", "Trained while it rounds")
+
+# %% [markdown]
+# Training is worth a lot, the more the fewer bits. The helper is not, in a model of this size: at three bits the input's rounding
+# is most of what is lost, and of that no weight can know; at two bits it does much of the work until it is taken away.
+#
 # ## No float at all
 #
 # So far codes became floats again before they met. They needn't: $q_x q_w^\top$ is a sum of products of integers, which only has
@@ -375,34 +394,57 @@ rises = {how: claims.read("hawqv3")["arms"]["video"]["values"][f"rise_{key}"] fo
 show.bars(rises, "rise of the loss (a dot a draw)", "Four bits a weight on average, shared out", digits=3)
 
 # %% [markdown]
+# ## No products at all
+#
+# Integers still multiply. Let every weight be a power of two, with its sign, and a product is a shift: 5 bits name 15 of
+# them, and zero. Queries and keys of 0 and 1 make attention a choice of what to add
+# ([ShiftAddViT](papers/shiftaddvit.ipynb)). What each costs, after 300 steps of training with the float model as teacher,
+# and the energy of one pass by a table of energies:
+
+# %% tags=["nbval-ignore-output"]
+found = claims.read("shiftaddvit")["arms"]
+mean = lambda arm, metric: sum(found[arm]["values"][metric]) / 3
+arms = {"5 bits on an even grid": "uniform", "feed-forward by shifts": "shift", "attention by sums": "attention", "both": "both",
+        "both, a router saves some tokens": "mixture, 6:4"}  # fmt: skip
+names = {f"{title}: energy {100 * mean(arm, 'energy'):.0f} %": arm for title, arm in arms.items()}
+bars = {title: found[arm]["values"]["error"] for title, arm in names.items()}
+show.bars(bars, "error of the model's output (a dot a seed)", "Shifts and sums")
+
+# %% [markdown]
+# Powers of two are a bad grid: they crowd around zero, where nobody needs them so close, and are rare where the large weights
+# are. They save energy, not quality; and no processor that you can buy adds faster than it multiplies matrices.
+#
 # ## All of them, side by side
 #
 # The same caption from the same noise, by every way of this chapter; for HAWQ-V3 the bits are those of a code on average.
-# **Turn the frame.** What can't be had has no picture: codewords for 6 and 8 bits would be as many as there are weights.
+# **Turn the frame.** What has no picture wasn't made: codewords for 6 and 8 bits would be as many as there are weights, training
+# is for few bits, and powers of two have five.
 
 # %%
 stills, _ = weights.read("06_quantization.safetensors")
 blank = torch.full((3, 32, 32), 255, dtype=torch.uint8)
+order = (8, 6, 5, 4, 3, 2)
 methods = {"nearest": "nearest, a row", "nearest, a group of 32": "nearest, 32 weights", "gptq": "GPTQ, a row",
-           "dmmv": "DMMV, a row", "hawqv3": "HAWQ-V3, a row", "quantvggt": "QuantVGGT, a row", "vq4dit": "VQ4DiT"}  # fmt: skip
+           "dmmv": "DMMV, a row", "hawqv3": "HAWQ-V3, a row", "quantvggt": "QuantVGGT, a row", "shiftaddvit": "powers of two",
+           "vq4dit": "VQ4DiT", "trained": "trained, a row", "qvgen": "QVGen, a row"}  # fmt: skip
 
 
 # %%
 def board(frame):
     still = lambda way, bits: stills[f"{way}, {bits}"][:, frame] if f"{way}, {bits}" in stills else blank
     tile = lambda picture: torch.nn.functional.pad(picture, (1, 1, 1, 1), value=255)
-    row = lambda way: [stills["float"][:, frame], *(still(way, bits) for bits in (8, 6, 4, 3, 2))]
+    row = lambda way: [stills["float"][:, frame], *(still(way, bits) for bits in order)]
     picture = torch.cat([torch.cat([tile(one) for one in row(way)], 2) for way in methods], 1).movedim(0, 2)
     told = f"“{caption}”, frame {4 * frame} of 16: a row for each way, a column for each number of bits."
 
     def draw(ax):
         ax.imshow(picture, interpolation="nearest")
-        ax.set_xticks([17 + 34 * i for i in range(6)], ["float", "8", "6", "4", "3", "2 bits"])
+        ax.set_xticks([17 + 34 * i for i in range(7)], ["float", "8", "6", "5", "4", "3", "2 bits"])
         ax.set_yticks([17 + 34 * i for i in range(len(methods))], list(methods.values()))
         ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         ax.spines[:].set_visible(False)
 
-    return plots.figure(draw, (7.2, 6.4), f"frame {4 * frame}", told)
+    return plots.figure(draw, (7.2, 8.2), f"frame {4 * frame}", told)
 
 
 # %%
@@ -415,7 +457,7 @@ play.knobs(board, settled=[dict(frame=frame) for frame in (0, 2, 4)], frame=play
 # %% tags=["nbval-ignore-output"]
 table = claims.read("few-bits")["arms"]
 mean = lambda arm, metric: sum(table[arm]["values"][metric]) / 3
-points = {title: [f"{way}, {bits}" for bits in (2, 3, 4, 6, 8) if f"{way}, {bits}" in table] for way, title in methods.items()}
+points = {title: [f"{way}, {bits}" for bits in order[::-1] if f"{way}, {bits}" in table] for way, title in methods.items()}
 near = {title: ([mean(arm, "bits") for arm in arms], [mean(arm, "psnr") for arm in arms]) for title, arms in points.items()}
 show.lines(near, "bits a weight, as stored", "dB to the float model's clips", "The same noise, fewer bits")
 
@@ -490,5 +532,7 @@ Markdown(papers.listed(asks))
 # * [HAWQ-V3](papers/hawqv3.ipynb): from a trained network to integers, and which layer needs how many.
 # * [DMMV](papers/dmmv.ipynb): one search for weights, pictures and filters.
 # * [VQ4DiT](papers/vq4dit.ipynb): watch groups of weights choose their codeword.
+# * [QVGen](papers/qvgen.ipynb): watch a helper fade, singular value by singular value.
+# * [ShiftAddViT](papers/shiftaddvit.ipynb): who may still multiply?
 # * [07 · Low rank](07_low_rank.ipynb): fewer numbers instead of shorter ones.
 # * [00 · Start](00_start.ipynb): the model that was rounded here.
