@@ -135,7 +135,7 @@ class QVLinear(nn.Module):
     @torch.no_grad()
     def packed(self) -> QuantisedLinear:
         """What is shipped: codes, steps and offsets in fp16, and the clipping of the inputs."""
-        s = self.grid.steps  # codes by the grid as learnt: weights end up halfway between two, and fp16 decides otherwise
+        s = self.grid.learnt  # codes by the grid as learnt: weights end up halfway between two, and fp16 decides otherwise
         return QuantisedLinear(quantise(self.weight, s), s.stored(), self.bias, self.inputs)
 
 
