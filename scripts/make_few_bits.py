@@ -16,8 +16,8 @@ from minivid.core.sample import generate
 
 OUT = Path(__file__).resolve().parents[1] / "notebooks" / "06_quantization.safetensors"
 CAPTION, SEED = "a red circle moves right", 3
-MODELS = {claim.nearest: claim.to_nearest, claim.gptq: claim.by_gptq, claim.searched: claim.by_search,
-          claim.shared_out: claim.by_curvature, claim.rotated: claim.by_rotation,
+MODELS = {claim.nearest: claim.to_nearest, claim.gptq: claim.by_gptq, claim.tuned: claim.by_tuned_steps,
+          claim.searched: claim.by_search, claim.shared_out: claim.by_curvature, claim.rotated: claim.by_rotation,
           claim.codewords: claim.by_codewords, claim.trained: claim.by_training, claim.shifted: claim.by_shifts}  # fmt: skip
 
 
