@@ -13,15 +13,15 @@ NAMES = ["linear1", "linear2"]
 
 def few(model, names, x):
     """The model made small by each paper."""
-    dice = lambda: torch.Generator().manual_seed(0)
+    dice, rows = torch.Generator().manual_seed(0), {name: model.get_submodule(name) for name in names}
     s = vq4dit.Settings(d=2, k=32, n=1)
     how = quantvggt.How((8, 8))
     turns = quantvggt.rotations(model, names, x, 0)
     seen = quantvggt.observe(model, x, how.order, turns, len(x))
     return {
-        "nearest": swap(model, {n: QuantisedLinear.of(m, minmax(m.weight.detach(), 6, 1)) for n in names if (m := model.get_submodule(n))}),
+        "nearest": swap(model, {name: QuantisedLinear.of(m, minmax(m.weight.detach(), 6, 1)) for name, m in rows.items()}),
         "hawqv3": hawqv3.allocated(model, dict.fromkeys(names, 6)),
-        "vq4dit": vq4dit.quantised(model, vq4dit.books(model, names, s, dice(), 20), s),
+        "vq4dit": vq4dit.quantised(model, vq4dit.books(model, names, s, dice, 20), s),
         "quantvggt": quantvggt.quantised(model, how, turns, seen),
         "qvgen": qvgen.quantised(model, names, qvgen.Bits(6, 8, 0, 1)),
         "shiftaddvit": shiftaddvit.converted(model, names, shiftaddvit.Shift),
