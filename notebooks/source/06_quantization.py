@@ -265,7 +265,7 @@ show.lines(curves, "bits a weight, as stored", "error of the model's output", "A
 
 # %% [markdown]
 # Read the marks from left to right, 2, 3, 4, 6 and 8 bits a code. At the same code length a grid for 32 weights beats one
-# for a row of 128 or 384; at the same number of *stored* bits it loses. And GPTQ at three bits does better than nearest
+# for a row of 128 or 384; at the same number of *stored* bits it loses. And GPTQ at three bits is about as good as nearest
 # rounding at four.
 #
 # ## Words instead of levels
