@@ -128,6 +128,7 @@ x = torch.cat([row.detach().reshape(-1, 128) for row in rows])
 said = layer(x).detach()
 
 
+# %%
 def mixed(latency):
     mix = paper.Mixture(layer, torch.Generator().manual_seed(0)).requires_grad_(True)
     paper.distil(mix, [((x,), said)] * 150, 1e-3, (latency, 1), 0.1)
@@ -257,14 +258,22 @@ share = fmean(value("mixture, 6:4", "share"))
 plans = {"float": ("dense", 0.0), "attention": ("additive", 0.0), "mixture, 6:4": ("additive", share), "both": ("additive", 1.0)}
 
 
+def counted(kind, s):
+    """Operations of one clip: 80 tokens, six blocks, each with attention and two layers of 128 x 384."""
+    layers, sums = 12 * 80 * 128 * 384, 12 * 4 * 80 * 32 * (80 if kind == "dense" else 32)
+    routers = 6 * 80 * 2 * (128 + 384) * (0 < s < 1)
+    products = (1 - s) * layers + sums * (kind == "dense") + routers
+    return {"multiply": products, "add": layers + sums + routers, "shift": s * layers}
+
+
+# %% tags=["nbval-ignore-output"]
+looks = ("#0072B2", ""), ("#E69F00", "//"), ("#009E73", "..")
+
+
 def stack(ax):
-    for x, (kind, s) in enumerate(plans.values()):
-        layers, sums = 12 * 80 * 128 * 384, 12 * 4 * 80 * 32 * (80 if kind == "dense" else 32)
-        routers = 6 * 80 * 2 * (128 + 384) * (0 < s < 1)
-        products = (1 - s) * layers + sums * (kind == "dense") + routers
-        counts = {"multiply": products, "add": layers + sums + routers, "shift": s * layers}
+    for x, plan in enumerate(plans.values()):
         bottom = 0.0
-        for (name, n), ink, hatch in zip(counts.items(), ("#0072B2", "#E69F00", "#009E73"), ("", "//", ".."), strict=True):
+        for (name, n), (ink, hatch) in zip(counted(*plan).items(), looks, strict=True):
             high = paper.energy(**{name: n}) / 1e6
             ax.bar(x, high, bottom=bottom, color=ink, hatch=hatch, ec="white", label=name if x == 0 else None)
             bottom += high
@@ -284,5 +293,6 @@ show.verdict("shiftaddvit")
 #
 # ## Where next
 #
-# - [DMMV](dmmv.ipynb): few bits by another way.
+# - [QVGen](qvgen.ipynb): trained while it rounds, with a helper that fades.
+# - [06 Quantization](../06_quantization.ipynb): all ways on one plot.
 # - [The paper](https://arxiv.org/abs/2306.06446).
