@@ -292,7 +292,7 @@ def cloud(bits):
 
     def draw(axes):
         for ax, (title, codes) in zip(axes, places(bits).items(), strict=True):
-            ax.plot(*pairs[::4].T, "o", color="#bbbbbb", ms=2, mew=0)
+            ax.plot(*pairs[::8].T, "o", color="#bbbbbb", ms=2, mew=0)
             size = 8 + 900 * at[title].bincount(minlength=len(codes)) / len(pairs)
             ax.scatter(*codes.T, s=size, marker="D", color="#0072B2", ec="white", lw=0.5, zorder=3)
             ax.set(title=f"{title}: off by {100 * error[title]:.0f} %", xlabel="a weight", ylabel="the next one")
@@ -425,7 +425,7 @@ show.bars(bars, "error of the model's output (a dot a seed)", "Shifts and sums")
 stills, _ = weights.read("06_quantization.safetensors")
 blank = torch.full((3, 32, 32), 255, dtype=torch.uint8)
 order = (8, 6, 5, 4, 3, 2)
-methods = {"nearest": "nearest, a row", "nearest, a group of 32": "nearest, 32 weights", "gptq": "GPTQ, a row",
+methods = {"nearest": "nearest, a row", "nearest, a group of 32": "nearest, by 32s", "gptq": "GPTQ, a row",
            "gptq, tuned": "GPTQ, steps tuned", "dmmv": "DMMV, a row", "hawqv3": "HAWQ-V3, a row", "quantvggt": "QuantVGGT, a row",
            "shiftaddvit": "powers of two", "vq4dit": "VQ4DiT", "trained": "trained, a row", "qvgen": "QVGen, a row"}  # fmt: skip
 
@@ -445,7 +445,7 @@ def board(frame):
         ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         ax.spines[:].set_visible(False)
 
-    return plots.figure(draw, (7.2, 9.2), f"frame {4 * frame}", told)
+    return plots.figure(draw, (6.0, 7.7), f"frame {4 * frame}", told)
 
 
 # %%

@@ -66,6 +66,7 @@ def inputs(first, n=32):
     return torch.cat(rows).flatten(0, 1)
 
 
+# %%
 with torch.no_grad():
     fitted, unseen = inputs(1), inputs(50)
 print(f"{len(fitted)} tokens of {fitted.shape[1]} numbers to learn from, as many to measure on")
@@ -84,6 +85,7 @@ def batches(i):
     return fitted[torch.randint(len(fitted), (128,), generator=dice)]
 
 
+# %%
 STEPS, trained = 400, {}
 
 
@@ -314,7 +316,8 @@ for arm in ("float", *(f"{width}: {how}" for width in widths for how in ("rounde
 
 # %% [markdown]
 # Training is what counts, helpers change little: at W3A3 the inputs lose most, at W2A4 400 steps are too few to learn to do
-# without the helper. And for the eye? One caption, one noise, weights in few bits (inputs in 8):
+# without the helper. And for the eye? One caption, one noise, weights in few bits (inputs of the
+# trained ones in 8):
 
 # %% tags=["nbval-ignore-output"]
 stills, _ = weights.read("../06_quantization.safetensors")
