@@ -225,7 +225,8 @@ def _verdicts(as_json: bool) -> int:
 
 
 def _print_result(result: dict, outcome: str) -> None:
-    print(f"{result['slug']}: {result['verdict']} ({result['seconds'] / 60:.1f} of {result['minutes_allowed']:g} minutes)")
+    took = f"{result['seconds'] / 120:.1f} of {result['minutes_allowed']:g} minutes of two cores"
+    print(f"{result['slug']}: {result['verdict']} ({took})")
     for test in result["tests"]:
         print(f"  {test['verdict']:<16}{test['claim']}{'' if test['counts'] else ' (does not count)'}")
         if test["kind"] == "floor":

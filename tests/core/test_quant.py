@@ -161,6 +161,17 @@ def test_learned_steps_find_a_better_grid():
     assert LearnedSteps(minmax(x, 3, 1), 256).offset.requires_grad
 
 
+def test_a_step_that_crossed_zero_is_turned_round():
+    x = torch.randn(4, 64, generator=dice())
+    part = LearnedSteps(minmax(x, 3, 1), 64)
+    with torch.no_grad():  # rows 1 and 3 as learning may leave them: from the top downwards
+        for row in (1, 3):
+            part.offset[row] += 7 * part.step[row]
+            part.step[row] *= -1
+    assert (part.learnt.step > 0).all() and torch.equal(part.learnt.step[::2], part.step[::2])
+    torch.testing.assert_close(dequantise(quantise(x, part.learnt), part.learnt), part(x).detach(), atol=1e-5, rtol=0)
+
+
 @each
 @kinds
 def test_the_search_is_the_slow_loop_and_never_hurts(x, dim, make):

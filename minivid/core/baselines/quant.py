@@ -127,6 +127,13 @@ class LearnedSteps(nn.Module):
         slow = lambda p: straight(p, p * self.scale)
         return Steps(slow(self.step), slow(self.offset), self.low, self.high)
 
+    @property
+    @torch.no_grad()
+    def learnt(self) -> Steps:
+        """The grid for keeps. A step that learning took across 0 makes its values run downwards from the offset: turned round."""
+        down, top = (self.step < 0) & (self.low == 0), self.offset + self.high * self.step
+        return Steps(torch.where(down, -self.step, self.step), torch.where(down, top, self.offset), self.low, self.high)
+
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return fake_quantise(x, self.steps)
 

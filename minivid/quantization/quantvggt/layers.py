@@ -69,13 +69,15 @@ class Rotation(nn.Module):
 
 def rotations(model: nn.Module, names: Iterable[str], batch: Tensor, seed: int) -> dict[str, Rotation]:
     """A random rotation for each named layer; those that read the same tensor (q, k and v) get the same one."""
-    read, dice, made = {}, torch.Generator().manual_seed(seed), {}
+    names, read, dice, made = list(names), {}, torch.Generator().manual_seed(seed), {}
     keep = lambda name: lambda layer, args: read.__setitem__(name, args[0])  # kept alive, so that no two have one id
     hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     with torch.no_grad():
         model(batch)
     for hook in hooks:
         hook.remove()
+    if unread := [name for name in names if name not in read]:
+        raise ValueError(f"the model never called these layers, so nothing is known of their inputs: {', '.join(unread)}")
     for x in read.values():
         if id(x) not in made:
             made[id(x)] = Rotation(torch.randint(0, 2, x.shape[-1:], generator=dice) * 2.0 - 1)

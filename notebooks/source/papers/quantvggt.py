@@ -148,7 +148,8 @@ def surface(place, order, alpha, bits):
 
 
 # %% tags=["nbval-ignore-output"]
-settled = [dict(place="planted", order=order, alpha=0.5, bits=4) for order in ("nothing", "rotate, smooth", "smooth, rotate")]
+shown = [("after a norm", "nothing"), ("after a norm", "rotate, smooth"), ("planted", "rotate, smooth")]
+settled = [dict(place=place, order=order, alpha=0.5, bits=4) for place, order in shown]
 play.knobs(surface, settled=settled, place=play.Choice(["planted", "after a norm", "after a GELU"]),
            order=play.Choice(list(orders)), alpha=play.FloatRange(0.0, 1.0, 0.5, 0.1), bits=play.IntRange(3, 8, 4))  # fmt: skip
 

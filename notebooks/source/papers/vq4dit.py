@@ -114,8 +114,8 @@ pull = paper.pulls(nearest, told, ["0"])["0"]
 print(f"mean cosine: {paper.agreement(pull, nearest[0].index, 16).nanmean():.3f}   (1: all pull one way, 0: each its own)")
 
 # %% [markdown]
-# Next to nothing in common. What one group gains another loses. What is left of the sum still moves the codeword, and that is
-# worth much (n = 1 below), but no group gets what it wants.
+# Next to nothing in common: they neither agree nor oppose each other, and in the sum most of it is lost. What is left still
+# moves the codeword, and that is worth much (n = 1 below), but no group gets what it wants.
 #
 # ## The idea
 #
