@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checks.models import video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import orthogonal_mp_gram
 from torch import nn
 
 from minivid.core.baselines.lowrank import Factored, rank_for, svd
-from minivid.core.model import Cond, VideoModel
+from minivid.core.model import Cond
 from minivid.lab import measure
 from minivid.low_rank import dsformer as paper
 from minivid.low_rank.dsformer import DenseSparse, Pattern
@@ -413,14 +414,6 @@ def test_a_killed_tuning_goes_on_to_the_same_weights(tmp_path):
 # --- whole models -------------------------------------------------------------------------------------------------------
 
 
-def video():
-    torch.manual_seed(0)
-    model = VideoModel(4, 48, 2, 2)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model.eval().requires_grad_(False)
-
-
 def calls(n=4, b=4):
     dice = torch.Generator().manual_seed(1)
     draw = lambda: torch.randn(b, 4, 2, 6, 6, generator=dice)
@@ -517,7 +510,7 @@ def test_the_pattern_of_a_matrix_is_that_of_the_least_error():
     with pytest.raises(ValueError, match="can't be stored in 0.01"):
         paper.choose(layer, 0.01)
     with pytest.raises(ValueError, match="no part within 'head'"):
-        paper.find(video(), "head")
+        paper.find(video(d=48), "head")
 
 
 def test_packing_does_not_depend_on_the_order_in_which_bits_are_read():

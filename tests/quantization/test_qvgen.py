@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
+from checks.models import linears, video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from minivid.core import fit
 from minivid.core.baselines.quant import Steps, dequantise, fake_quantise, minmax, quantise
-from minivid.core.model import Cond, VideoModel
-from minivid.core.surgery import Clock, parts
+from minivid.core.model import Cond
+from minivid.core.surgery import Clock
 from minivid.quantization import qvgen as paper
 from minivid.quantization.qvgen import Bits, ClippedInputs, QVLinear, Tuning
 
@@ -33,19 +34,6 @@ def layer(o=24, i=20, seed=0, **more):
     torch.manual_seed(seed)
     linear = nn.Linear(i, o)
     return linear, QVLinear(linear, Bits(**{"rank": 16, "groups": 1} | more)).train()
-
-
-def video(seed=0):
-    """A small video model whose every parameter is random, as if trained (a fresh one says 0)."""
-    torch.manual_seed(seed)
-    model = VideoModel(4, 16, 2, 2)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model.eval().requires_grad_(False)
-
-
-def names(model):
-    return [name for name, _, role in parts(model) if name.startswith("trunk") and role != "block"]
 
 
 def call(b=2, seed=0):
@@ -84,7 +72,7 @@ def test_rank_0_is_ordinary_training_and_many_bits_are_the_model():
     x = torch.randn(3, 7, 20, generator=dice())
     assert part.left is None and torch.equal(part(x), part.eval()(x))
     model = video()
-    fine = paper.quantised(model, names(model), Bits(16, 16, 0))
+    fine = paper.quantised(model, linears(model), Bits(16, 16, 0))
     for one in paper.layers(fine).values():
         one.inputs.clip.data.fill_(20.0)  # nothing is cut off
     close(fine(*call()), model(*call()), 1e-3)
@@ -183,7 +171,7 @@ def test_each_interval_of_time_has_its_own_clipping():
 
 def test_a_models_layers_know_its_time():
     model = video()
-    soft = paper.quantised(model, names(model), Bits(4, 4, 0, groups=2))
+    soft = paper.quantised(model, linears(model), Bits(4, 4, 0, groups=2))
     x, _, cond = call()
     soft(x, torch.tensor([0.1, 0.9]), cond)
     part = next(iter(paper.layers(soft).values()))
@@ -266,7 +254,7 @@ def test_the_other_ways_to_go():
 @pytest.mark.parametrize("removal", [paper.by_rank, paper.as_one, paper.at_once])
 def test_training_lowers_the_loss_removes_the_helpers_and_leaves_the_teacher_alone(removal):
     model = video()
-    before, soft = copy.deepcopy(model.state_dict()), paper.quantised(model, names(model), Bits(2, 8, 4))
+    before, soft = copy.deepcopy(model.state_dict()), paper.quantised(model, linears(model), Bits(2, 8, 4))
     off = lambda net: (net(*call(16)) - model(*call(16))).square().mean().item()
     start = off(soft)
     told = paper.distil(soft, model, batches, Tuning(40, 1e-3), removal)
@@ -281,7 +269,7 @@ def test_same_seed_same_weights():
     made = []
     for _ in range(2):
         model = video()
-        soft = paper.quantised(model, names(model), Bits(3, 3, 2))
+        soft = paper.quantised(model, linears(model), Bits(3, 3, 2))
         paper.distil(soft, model, batches, Tuning(4))
         made.append(torch.cat([p.flatten() for p in soft.parameters()]))
     assert torch.equal(*made)
@@ -289,7 +277,7 @@ def test_same_seed_same_weights():
 
 def test_the_norm_is_that_of_the_weights_before_clipping():
     model = video()
-    soft = paper.quantised(model, names(model), Bits(3, 3, 4))
+    soft = paper.quantised(model, linears(model), Bits(3, 3, 4))
     own = copy.deepcopy(soft)
     told = paper.distil(soft, model, batches, Tuning(2, seed=5), paper.never)
     args = paper.noised(batches(0), fit.draws(5, 0))
@@ -323,7 +311,7 @@ def test_noise_comes_as_in_training_of_the_model_and_some_captions_are_emptied()
 
 def test_packed_layers_say_the_same():
     model = video()
-    soft = paper.quantised(model, names(model), Bits(3, 4, 2))
+    soft = paper.quantised(model, linears(model), Bits(3, 4, 2))
     paper.distil(soft, model, batches, Tuning(4, 1e-3))
     small = paper.shipped(soft)
     assert not paper.layers(small)

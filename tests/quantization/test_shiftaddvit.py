@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from checks.models import video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from minivid.core.attention import dense
-from minivid.core.model import Cond, VideoModel
+from minivid.core.model import Cond
 from minivid.core.surgery import parts, swap
 from minivid.core.where import grid
 from minivid.lab import measure
@@ -25,15 +26,6 @@ def dice(seed=0):
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-def video(seed=0):
-    """A small video model whose every parameter is random, as if trained (a fresh one says 0)."""
-    torch.manual_seed(seed)
-    model = VideoModel(4, 16, 2, 2)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model.eval().requires_grad_(False)
 
 
 def call(seed=1):

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from checks.models import linears, video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
@@ -13,8 +14,7 @@ from torch import nn
 
 from minivid.core import noise
 from minivid.core.baselines.vq import kmeans
-from minivid.core.model import Cond, VideoModel
-from minivid.core.surgery import parts
+from minivid.core.model import Cond
 from minivid.lab import measure
 from minivid.quantization import vq4dit as paper
 from minivid.quantization.vq4dit import Settings, VQLinear
@@ -27,19 +27,6 @@ def dice(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def video(seed=0):
-    """A small video model whose every parameter is random, as if trained (a fresh one says 0)."""
-    torch.manual_seed(seed)
-    model = VideoModel(4, 16, 2, 2)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model.eval().requires_grad_(False)
-
-
-def names(model):
-    return [name for name, part, role in parts(model) if name.startswith("trunk") and role != "block"]
-
-
 def trajectory(model, steps=4, b=2, seed=1):
     x = torch.randn(b, 4, 2, 6, 6, generator=dice(seed))
     cond = Cond(text=torch.randint(2, 200, (b, 4), generator=dice(seed)))
@@ -48,7 +35,7 @@ def trajectory(model, steps=4, b=2, seed=1):
 
 def student(model, s=None, seed=0):
     s = s or Settings(k=16)
-    return paper.quantised(model, paper.books(model, names(model), s, dice(seed), 10), s)
+    return paper.quantised(model, paper.books(model, linears(model), s, dice(seed), 10), s)
 
 
 def layer(o=6, i=8, d=4, k=5, n=2, seed=0, **more):
@@ -68,7 +55,7 @@ def close(a, b, tolerance=1e-6):
 @pytest.mark.parametrize("released", [False, True])
 def test_a_codeword_for_every_group_is_the_model(released):
     model = video()
-    codes = {name: paper.groups(model.get_submodule(name).weight, 4).unique(dim=0) for name in names(model)}
+    codes = {name: paper.groups(model.get_submodule(name).weight, 4).unique(dim=0) for name in linears(model)}
     for s in (Settings(n=1), Settings(n=2, released=released)):
         same = paper.quantised(model, codes, s)
         for part in paper.layers(same).values():
@@ -229,7 +216,7 @@ def test_calibration_settles_everything_lowers_the_loss_and_leaves_the_model_alo
     hard = student(model, Settings(k=16, n=1, shared=s.shared))
     told = paper.calibrate(soft, pairs * 12, BLOCKS, s)
     own = paper.layers(soft)
-    assert all(part.settled for part in own.values()) and len(own) == len(names(model))
+    assert all(part.settled for part in own.values()) and len(own) == len(linears(model))
     loss = lambda m: sum(paper.block_loss(m, pair, BLOCKS).item() for pair in pairs)
     assert loss(soft) < 0.97 * loss(hard)
     assert all(torch.equal(part.codes, part.codes.half().float()) for part in own.values())
@@ -341,7 +328,7 @@ def test_somebody_elses_model_is_calibrated_as_well():
 def test_bad_input_is_refused_in_words():
     model = video()
     with pytest.raises(ValueError, match="groups of 5: take a divisor"):
-        paper.books(model, names(model), Settings(d=5), dice())
+        paper.books(model, linears(model), Settings(d=5), dice())
     with pytest.raises(ValueError, match="only linear layers.*trunk.blocks.0$"):
         paper.books(model, ["trunk.blocks.0"], Settings(), dice())
     with pytest.raises(ValueError, match="1 to 3 candidates, not 4"):
