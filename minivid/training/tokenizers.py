@@ -113,7 +113,7 @@ def recognise(model, batch, generator) -> dict[str, Tensor]:
 
 TOK_V = dict(channels=10, time_stride=4, noise=0.02)
 TOK_F = dict(channels=4, time_stride=1, noise=0.02)
-TOK_Q = dict(channels=4, time_stride=1, levels=[4, 4, 4, 4], noise=0.0)
+TOK_Q = dict(channels=3, time_stride=1, codes=256, noise=0.0)
 
 ENDS = dict(begin=components, end=settle)
 RECIPES = {
