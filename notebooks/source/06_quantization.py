@@ -417,7 +417,8 @@ show.bars(bars, "error of the model's output (a dot a seed)", "Shifts and sums")
 #
 # ## All of them, side by side
 #
-# The same caption from the same noise, by every way of this chapter; for HAWQ-V3 the bits are those of a code on average.
+# The same caption from the same noise, by every way of this chapter, with a grid a row where nothing else is said; for HAWQ-V3
+# the bits are those of a code on average.
 # **Turn the frame.** What has no picture wasn't made: codewords for 6 and 8 bits would be as many as there are weights, training
 # and tuning are for few bits, powers of two have five, and DMMV's search takes ten minutes each time.
 
@@ -425,9 +426,9 @@ show.bars(bars, "error of the model's output (a dot a seed)", "Shifts and sums")
 stills, _ = weights.read("06_quantization.safetensors")
 blank = torch.full((3, 32, 32), 255, dtype=torch.uint8)
 order = (8, 6, 5, 4, 3, 2)
-methods = {"nearest": "nearest, a row", "nearest, a group of 32": "nearest, by 32s", "gptq": "GPTQ, a row",
-           "gptq, tuned": "GPTQ, steps tuned", "dmmv": "DMMV, a row", "hawqv3": "HAWQ-V3, a row", "quantvggt": "QuantVGGT, a row",
-           "shiftaddvit": "powers of two", "vq4dit": "VQ4DiT", "trained": "trained, a row", "qvgen": "QVGen, a row"}  # fmt: skip
+methods = {"nearest": "nearest", "nearest, a group of 32": "groups of 32", "gptq": "GPTQ", "gptq, tuned": "GPTQ, tuned",
+           "dmmv": "DMMV", "hawqv3": "HAWQ-V3", "quantvggt": "QuantVGGT", "shiftaddvit": "powers of two", "vq4dit": "VQ4DiT",
+           "trained": "trained", "qvgen": "QVGen"}  # fmt: skip
 
 
 # %%
