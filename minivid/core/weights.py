@@ -21,13 +21,23 @@ class WeightsError(ValueError):
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write tensors and header (text to text) to `path`, all or nothing. Raises OSError when it can't be written."""
-    path = Path(path)
+    """Write tensors and header (text to text) to `path`, all or nothing. Raises OSError when it can't be written.
+
+    A tensor that goes by several names, as a codebook that layers share, is stored once; `read` gives all names back.
+    """
+    path, known, shared = Path(path), {}, {}
+    for name, tensor in tensors.items():
+        place = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        first = known.setdefault(place if tensor.numel() else name, name)
+        if first != name:
+            shared[name] = first
+    once = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items() if name not in shared}
+    header = {"minivid": "1", **({"shared": json.dumps(shared)} if shared else {}), **header}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as f:
-            f.write(serialise({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, {"minivid": "1", **header}))
+            f.write(serialise(once, header))
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -46,7 +56,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             header = f.metadata() or {}
             if header.get("minivid") != "1":
                 raise WeightsError(f"{path} is a safetensors file, but minivid didn't write it (header: {sorted(header)})")
-            return {k: f.get_tensor(k) for k in f.keys()}, header
+            found = {k: f.get_tensor(k) for k in f.keys()}
+            return found | {name: found[first] for name, first in json.loads(header.pop("shared", "{}")).items()}, header
     except (SafetensorError, OSError) as e:
         raise WeightsError(f"{path} is damaged or no safetensors file ({e}); fetch it again, or train it anew") from e
 

@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..core import noise
-from ..core.baselines.quant import pack
+from ..core.baselines.quant import CodebookLinear
 from ..core.baselines.vq import kmeans, nearest
 from ..core.surgery import parts, swap, tap
 
@@ -158,10 +158,6 @@ class VQLinear(nn.Module):
             self.index.copy_(self.options.gather(0, self.z.argmax(0, keepdim=True))[0])
             self.z = None
 
-    def packed(self) -> UInt8[Tensor, "bytes"]:
-        """The indices as they are stored: log2 k bits each."""
-        return pack(self.index, max(1, (len(self.codes) - 1).bit_length()))
-
     def plain(self) -> nn.Linear:
         """An ordinary layer of the same weights, parted from the codebook."""
         linear = nn.utils.skip_init(nn.Linear, self.shape[1], self.shape[0], bias=self.bias is not None)
@@ -204,6 +200,14 @@ def quantised(model: nn.Module, codes: dict[str, Float[Tensor, "k d"]], s: Setti
     own = {id(book): nn.Parameter(book.detach().clone()) for book in codes.values()}
     return swap(model, {name: VQLinear(model.get_submodule(name), own[id(book)], min(s.n, len(book)), s.released)
                         for name, book in codes.items()})  # fmt: skip
+
+
+def shipped(model: nn.Module) -> nn.Module:
+    """The model with its settled layers packed: numbers of log2 k bits, and codebooks in fp16, a shared one kept once."""
+    own = layers(model)
+    books = {id(layer.codes): layer.codes.detach().half() for layer in own.values()}
+    return swap(model, {name: CodebookLinear(layer.shape, layer.index, books[id(layer.codes)], layer.bias)
+                        for name, layer in own.items()})  # fmt: skip
 
 
 def bits(model: nn.Module) -> dict[str, float]:

@@ -41,6 +41,17 @@ def test_a_tokenizer_with_codes_comes_back_with_them(tmp_path, grid):
     assert codes[0].index.max() < 16 and torch.equal(back.bottleneck.lookup(codes), latent)
 
 
+def test_what_goes_by_two_names_is_stored_once(tmp_path):
+    book, own = torch.randn(1000), torch.randn(1000)
+    tensors = {"a.book": book, "b.book": book, "b.own": own, "part": book[:500], "empty": own[:0], "none": own[:0]}
+    weights.write(tmp_path / "shared.safetensors", tensors, {"by": "hand"})
+    back, header = weights.read(tmp_path / "shared.safetensors")
+    assert back.keys() == tensors.keys() and header == {"minivid": "1", "by": "hand"}
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    assert back["a.book"] is back["b.book"]
+    assert 4 * 2500 < (tmp_path / "shared.safetensors").stat().st_size < 4 * 2500 + 800
+
+
 def test_missing_name():
     with pytest.raises(weights.WeightsError, match="no weights called 'nothing'; there are"):
         weights.load("nothing")

@@ -264,12 +264,15 @@ def test_taken_anew_groups_have_the_nearest_codeword():
 def test_bits_are_those_that_are_stored(shared):
     model, s = video(), Settings(k=16, shared=shared)
     soft = student(model, s)
-    own, counted = paper.layers(soft), paper.bits(soft)
-    books = {id(part.codes): part.codes.detach().half() for part in own.values()}
+    own, counted, small = paper.layers(soft), paper.bits(soft), paper.shipped(soft)
+    parts = [small.get_submodule(name) for name in own]
+    books = {id(part.codes): part.codes for part in parts}
     assert len(books) == (10 if shared else 20)
     weights = sum(model.get_submodule(name).weight.numel() for name in own)
-    stored = measure.stored_bytes([part.packed() for part in own.values()]), measure.stored_bytes(list(books.values()))
+    stored = measure.stored_bytes([part.packed for part in parts]), measure.stored_bytes(list(books.values()))
     assert counted["index"] == 8 * stored[0] / weights and counted["codebook"] == 8 * stored[1] / weights
+    biases = sum(part.bias.nbytes for part in parts if part.bias is not None)
+    assert measure.stored_bytes(parts) == sum(stored) + biases  # and nothing else
     assert counted["total"] == counted["index"] + counted["codebook"]
     assert counted["index"] == 1.0  # log2(16) / 4; the smallest layers, 16 x 16, have just the 64 groups that 16 need
 
@@ -278,7 +281,7 @@ def test_a_layer_of_the_papers_size_counts_as_its_card_says():
     _, part = layer(256, 256, 4, 256, 1)
     counted = paper.bits(nn.Sequential(part))
     assert counted == {"index": 2.0, "codebook": 0.25, "total": 2.25}
-    assert len(part.packed()) == 256 * 256 * 2 // 8
+    assert paper.shipped(nn.Sequential(part))[0].packed.nbytes == 256 * 256 * 2 // 8
 
 
 @pytest.mark.parametrize("k, m, most", [(256, 4096, 256), (256, 512, 128), (200, 4096, 128), (256, 3, 1), (1, 8, 1)])

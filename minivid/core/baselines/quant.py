@@ -283,6 +283,35 @@ class QuantisedLinear(nn.Module):
         return F.linear(x if self.inputs is None else self.inputs(x), self.weight, self.bias)
 
 
+class CodebookLinear(nn.Module):
+    """A linear layer that keeps which codewords its weight is made of as packed bits, and its bias as it was.
+
+    shape: `o i` of the weight; index: `o i/d`, or flat, codewords of its groups of d, row after row
+    codes: `k d` in fp16, k up to 256. It isn't copied: layers that are given the same tensor share it, and it is stored once
+    """
+
+    def __init__(self, shape: tuple[int, int], index: Integer[Tensor, "*m"], codes: Float[Tensor, "k d"], bias: Tensor | None):
+        super().__init__()
+        self.shape = tuple(shape)
+        self.register_buffer("codes", codes)
+        self.register_buffer("packed", pack(index, self.bits))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @property
+    def bits(self) -> int:
+        """Bits of a codeword's number."""
+        return max(1, (len(self.codes) - 1).bit_length())
+
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """The weight that the codewords make, in float32."""
+        index = unpack(self.packed, self.bits, math.prod(self.shape) // self.codes.shape[1])
+        return self.codes.float()[index.long()].view(self.shape)
+
+    def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        return F.linear(x, self.weight, self.bias)
+
+
 def allocate(
     cost: Float[Tensor, "l k"], limits: list[tuple[Float[Tensor, "l k"], float | int]], ties: tuple[tuple[int, int], ...] = ()
 ) -> Int[Tensor, "l"]:

@@ -6,6 +6,7 @@ The choice itself, an integer linear program, is `core.baselines.quant.allocate`
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...core.baselines.quant import Steps, around, dequantise, hessian, quantise, symmetric, traces
+from ...core.baselines.quant import Steps, around, dequantise, hessian, pack, quantise, symmetric, traces, unpack
 from ...core.surgery import Range, record, swap
-from .dyadic import WIDTH, dyadic, rescale
+from .dyadic import WIDTH, Rescale, dyadic
 
 
 def rounded(weight: Float[Tensor, "o i"], bits: int) -> Float[Tensor, "o i"]:
@@ -104,26 +105,36 @@ class Rows:
 class IntegerLinear(nn.Module):
     """float in -> int8 codes -> int32 accumulators -> int8 codes by a dyadic factor a row -> float out.
 
-    enter, leave: grids of what comes in and goes out, one step each
+    enter, leave: grids of what comes in and goes out, one step each. The weight's codes are kept in packed bits
     """
+
+    packed: Tensor
 
     def __init__(self, linear: nn.Linear, bits: int, enter: Steps, leave: Steps, width: int = WIDTH):
         super().__init__()
         s = symmetric(linear.weight.detach().double(), bits, 1)
         unit = (s.step * enter.step.double()).flatten()
         bias = torch.zeros_like(unit) if linear.bias is None else torch.floor(linear.bias.detach().double() / unit + 0.5)
-        self.enter, self.leave, self.by = enter, leave, dyadic(unit / leave.step.double(), width)
-        self.register_buffer("weight", quantise(linear.weight.detach().double(), s).to(torch.int8))
+        self.shape, self.bits, self.low = linear.weight.shape, bits, s.low
+        self.ends = enter.low, enter.high, leave.low, leave.high
+        self.register_buffer("enter", enter.step), self.register_buffer("leave", leave.step)
+        self.by = Rescale(dyadic(unit / leave.step.double(), width))
+        self.register_buffer("packed", pack(quantise(linear.weight.detach().double(), s) - s.low, bits))
         self.register_buffer("bias", bias.to(torch.int32))
 
+    @property
+    def weight(self) -> Int[Tensor, "o i"]:
+        """Its codes in int32."""
+        return unpack(self.packed, self.bits, math.prod(self.shape)).view(self.shape).int() + self.low
+
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        codes = torch.floor(x / self.enter.step + 0.5).clamp(self.enter.low, self.enter.high).to(torch.int8)
-        return self.integers(codes) * self.leave.step
+        codes = torch.floor(x / self.enter + 0.5).clamp(*self.ends[:2]).to(torch.int8)
+        return self.integers(codes) * self.leave
 
     def integers(self, x: Int[Tensor, "*n i"]) -> Int[Tensor, "*n o"]:
         """What lies between the two floats."""
-        acc = x.to(torch.int32) @ self.weight.to(torch.int32).T + self.bias
-        return rescale(acc, self.by).clamp(self.leave.low, self.leave.high).to(torch.int8)
+        acc = x.to(torch.int32) @ self.weight.T + self.bias
+        return self.by(acc).clamp(*self.ends[2:]).to(torch.int8)
 
 
 def integer_layers(model: nn.Module, bits: Mapping[str, int], batches: Iterable, width: int = WIDTH) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Integer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -50,6 +50,17 @@ def rescale(acc: Integer[Tensor, "..."], by: Dyadic) -> Int[Tensor, "..."]:
     """round(acc m / 2^c), halves up, in int64 (int32 would overflow, float64 lose bits). by: broadcasts with acc."""
     half = torch.ones_like(by.c) << (by.c - 1)
     return (acc.to(torch.int64) * by.m + half) >> by.c
+
+
+class Rescale(nn.Module):
+    """`rescale` by factors that are kept with the model."""
+
+    def __init__(self, by: Dyadic):
+        super().__init__()
+        self.register_buffer("m", by.m), self.register_buffer("c", by.c.to(torch.int8))
+
+    def forward(self, acc: Integer[Tensor, "..."]) -> Int[Tensor, "..."]:
+        return rescale(acc, Dyadic(self.m, self.c.long()))
 
 
 def nearest(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.baselines.quant import Steps, around, between, fake_quantise, quantise, symmetric
 from ...core.baselines.vq import straight
-from .dyadic import WIDTH, Dyadic, dyadic, nearest, rescale
+from .dyadic import WIDTH, Dyadic, Rescale, dyadic, nearest, pack4, unpack4
 
 WIDE = 16  # bits of a residual sum before it is brought back to the next layer's bits
 
@@ -104,30 +104,39 @@ class Layer(nn.Module):
         s = self.grid(weight)
         unit = (s.step.flatten() * step)[:, None, None]
         codes, offset = quantise(weight, s), torch.floor(bias[:, None, None] / unit + 0.5)
-        return IntegerConv(codes, offset, self.conv, unit, None if self.out is None else self.out.steps, self.relu, width)
+        out = None if self.out is None else self.out.steps
+        return IntegerConv(codes, offset, self.conv, unit, out, self.relu, self.bits, width)
 
 
 class IntegerConv(nn.Module):
     """acc = sum q_w q_x + q_b in int32, ReLU, one dyadic factor an output channel, clamp to int8.
 
     unit: the real worth of an accumulator, S_w S_x `o 1 1`; out: the grid of its codes, or None to hand out accumulators
+    bits: of the weight's codes; four and fewer are kept eight in an int32
     """
 
-    def __init__(self, weight, bias, conv: nn.Conv2d, unit: Tensor, out: Steps | None, relu: bool, width: int):
+    packed: Tensor
+
+    def __init__(self, weight, bias, conv: nn.Conv2d, unit: Tensor, out: Steps | None, relu: bool, bits: int, width: int):
         super().__init__()
         most = weight.abs().flatten(1).sum(1).double() * 128 + bias.flatten().abs().double()
         if most.max() >= 2**31:
             raise ValueError(f"an accumulator may reach {most.max():.3g}, beyond int32: fewer inputs, or a smaller bias")
-        self.stride, self.padding, self.relu, self.unit = conv.stride, conv.padding, relu, unit
-        self.register_buffer("weight", weight.to(torch.int8))
+        self.stride, self.padding, self.relu, self.unit, self.shape = conv.stride, conv.padding, relu, unit, weight.shape
+        self.register_buffer("packed", pack4(weight) if bits <= 4 else weight.to(torch.int8))
         self.register_buffer("bias", bias.to(torch.int32))
-        self.by = None if out is None else dyadic(unit / out.step, width)
+        self.by = None if out is None else Rescale(dyadic(unit / out.step, width))
         self.ends = None if out is None else (out.low, out.high)
+
+    @property
+    def weight(self) -> Int8[Tensor, "o i k l"]:
+        """Its codes, one in a byte."""
+        return unpack4(self.packed).view(self.shape) if self.packed.dtype == torch.int32 else self.packed
 
     def forward(self, x: Integer[Tensor, "b i h w"]) -> Integer[Tensor, "b o p q"]:
         acc = F.conv2d(x.to(torch.int32), self.weight.to(torch.int32), None, self.stride, self.padding) + self.bias
         acc = acc.clamp(min=0) if self.relu else acc
-        return acc if self.by is None else rescale(acc, self.by).clamp(*self.ends).to(torch.int8)
+        return acc if self.by is None else self.by(acc).clamp(*self.ends).to(torch.int8)
 
 
 class Join(nn.Module):
@@ -154,14 +163,15 @@ class IntegerJoin(nn.Module):
 
     def __init__(self, main: Dyadic, branch: Dyadic, onward: Dyadic, out: Steps):
         super().__init__()
-        self.main, self.branch, self.onward, self.ends = main, branch, onward, (out.low, out.high)
+        self.main, self.branch, self.onward = Rescale(main), Rescale(branch), Rescale(onward)
+        self.ends = out.low, out.high
 
     def sum(self, main: Integer[Tensor, "b c h w"], branch: Integer[Tensor, "b c h w"]) -> Integer[Tensor, "b c h w"]:
         """The wide code, before it goes on."""
-        return (rescale(main, self.main) + rescale(branch, self.branch)).to(torch.int32)
+        return (self.main(main) + self.branch(branch)).to(torch.int32)
 
     def forward(self, main: Tensor, branch: Tensor) -> Tensor:
-        return rescale(self.sum(main, branch).clamp(min=0), self.onward).clamp(*self.ends).to(torch.int8)
+        return self.onward(self.sum(main, branch).clamp(min=0)).clamp(*self.ends).to(torch.int8)
 
 
 class Pool(nn.Module):
@@ -182,11 +192,11 @@ class Pool(nn.Module):
 class IntegerPool(nn.Module):
     def __init__(self, n: int, by: Dyadic, ends: tuple[int, int]):
         super().__init__()
-        self.n, self.by, self.ends = n, by, ends
+        self.n, self.by, self.ends = n, Rescale(by), ends
 
     def forward(self, x: Integer[Tensor, "b c h w"]) -> Integer[Tensor, "b c p q"]:
         total = x.to(torch.int32).unflatten(2, (-1, self.n)).unflatten(4, (-1, self.n)).sum((3, 5), dtype=torch.int32)
-        return rescale(total, self.by).clamp(*self.ends).to(torch.int8)
+        return self.by(total).clamp(*self.ends).to(torch.int8)
 
 
 class Network(nn.Module):
@@ -253,7 +263,8 @@ class Integers(nn.Module):
     def __init__(self, net: Network, width: int = WIDTH):
         super().__init__()
         step = lambda codes: codes.steps.step
-        self.door, self.exit = net.enter.steps, net.last.out.steps
+        self.ends = net.enter.steps.low, net.enter.steps.high
+        self.register_buffer("door", step(net.enter)), self.register_buffer("exit", step(net.last.out))
         self.first = net.first.integer(step(net.enter), width)
         self.one, self.two = net.one.integer(step(net.first.out), width), net.two.integer(step(net.one.out), width)
         self.join = net.join.integer(self.two.unit, step(net.first.out), width)
@@ -263,10 +274,10 @@ class Integers(nn.Module):
         self.last = net.last.integer(step(net.more.out), width)
 
     def enter(self, x: Float[Tensor, "b 3 h w"]) -> Int8[Tensor, "b 3 h w"]:
-        return torch.floor(x / self.door.step + 0.5).clamp(self.door.low, self.door.high).to(torch.int8)
+        return torch.floor(x / self.door + 0.5).clamp(*self.ends).to(torch.int8)
 
     def leave(self, codes: Int8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        return codes * self.exit.step
+        return codes * self.exit
 
     def forward(self, x: Int8[Tensor, "b 3 h w"]) -> Int8[Tensor, "b 3 h w"]:
         x = self.first(x)

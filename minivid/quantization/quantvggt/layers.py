@@ -15,10 +15,20 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ...core.baselines.quant import QuantisedLinear, Steps, around, fake_quantise, hadamard, quantise, smoothing
+from ...core.baselines.quant import (
+    QuantisedLinear,
+    Steps,
+    around,
+    fake_quantise,
+    hadamard,
+    pack,
+    quantise,
+    smoothing,
+    unpack,
+)
 from ...core.model import Block
 from ...core.surgery import record, swap
 from .samples import Each
@@ -54,8 +64,14 @@ class Rotation(nn.Module):
 
     def __init__(self, signs: Float[Tensor, "d"]):
         super().__init__()
-        self.register_buffer("signs", signs)
+        self.d = len(signs)
         self.last: tuple = (None, None)
+        self.register_buffer("packed", pack((signs > 0).int(), 1))
+
+    @property
+    def signs(self) -> Int[Tensor, "d"]:
+        """The diagonal, +-1; one bit each is kept."""
+        return 2 * unpack(self.packed, 1, self.d).to(torch.int8) - 1
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         if x is not self.last[0]:
@@ -112,18 +128,49 @@ def observe(
     return {name: Seen(*map(torch.cat, zip(*w.found, strict=True))) for name, w in watch.items()}
 
 
-class Dual(nn.Module):
+class Inputs(nn.Module):
+    """How the inputs of a layer are moved and rounded: s, their clips g_x and a static range, each a tensor or None."""
+
+    def __init__(self, how: How, turn: Rotation):
+        super().__init__()
+        self.how, self.turn = how, turn
+        for name in ("s", "g_x", "span"):
+            self.register_buffer(name, None)
+
+    def moved(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Inputs after the steps: X R / s, or in another order."""
+        for step in self.how.order:
+            x = self.turn(x) if step == "rotate" else x / self.s.to(x).clamp(min=1e-5)
+        return x
+
+    def tokens(self, x: Float[Tensor, "*n i"]) -> Steps:
+        """The grid of each token of the moved inputs; or, static, of all."""
+        low, high = (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)) if self.span is None else self.span.to(x)
+        if self.g_x is not None:
+            bounds = self.g_x.to(x).sigmoid()
+            low, high = low * bounds[0], high * bounds[1]
+        return around(torch.maximum(-low, high), self.how.bits[1])
+
+    def inputs(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n i"]:
+        """Moved and rounded."""
+        x = self.moved(x)
+        return fake_quantise(x, self.tokens(x))
+
+    forward = inputs
+
+
+class Dual(Inputs):
     """A linear layer in few bits. s and the clips g are parameters; its rotation and its own weight stay.
 
     Without steps and clips it is plain rounding to the largest size (RTN).
     """
 
     def __init__(self, linear: nn.Linear, how: How, turn: Rotation, seen: Seen):
-        super().__init__()
-        self.how, self.turn, self.bias = how, turn, linear.bias
+        super().__init__(how, turn)
+        self.bias = linear.bias
         first = how.order[:1] == ("rotate",)
         self.register_buffer("weight", turn.once(linear.weight.detach()) if first else linear.weight.detach())
-        self.s = self.g_w = self.g_x = self.span = self.rounded = None
+        self.g_w = self.rounded = None
         if "smooth" in how.order:  # the weight's maxima after the same rotation as the inputs'
             self.s = nn.Parameter(smoothing(peaks(seen.peak), self.weight.abs().amax(0), how.alpha))
         if how.clip:
@@ -131,12 +178,6 @@ class Dual(nn.Module):
         if how.static:
             s = 1 if self.s is None else self.s.detach()
             self.span = torch.stack([(seen.low / s).min(), (seen.high / s).max()])
-
-    def moved(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """Inputs after the steps: X R / s, or in another order."""
-        for step in self.how.order:
-            x = self.turn(x) if step == "rotate" else x / self.s.clamp(min=1e-5)
-        return x
 
     def moved_weight(self) -> Float[Tensor, "o i"]:
         """The weight after the steps: W R s. A rotation that comes first was done when the layer was made."""
@@ -149,18 +190,6 @@ class Dual(nn.Module):
         """The grid of each row of the moved weight."""
         most = w.abs().amax(1, keepdim=True)
         return around(most if self.g_w is None else most * self.g_w.sigmoid(), self.how.bits[0])
-
-    def tokens(self, x: Float[Tensor, "*n i"]) -> Steps:
-        """The grid of each token of the moved inputs; or, static, of all."""
-        low, high = (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)) if self.span is None else self.span
-        if self.g_x is not None:
-            low, high = low * self.g_x[0].sigmoid(), high * self.g_x[1].sigmoid()
-        return around(torch.maximum(-low, high), self.how.bits[1])
-
-    def inputs(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n i"]:
-        """Moved and rounded."""
-        x = self.moved(x)
-        return fake_quantise(x, self.tokens(x))
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         w = self.rounded
@@ -179,10 +208,15 @@ class Dual(nn.Module):
 
     @torch.no_grad()
     def packed(self) -> QuantisedLinear:
-        """The same as codes in packed bytes with fp16 steps; 8 bits at most."""
-        w = self.moved_weight()
-        s = self.rows(w).stored()
-        return QuantisedLinear(quantise(w, s), s, self.bias, self.folded().inputs)
+        """The same as codes in packed bytes, with s and the rows' steps in fp16; 8 bits at most."""
+        new, way = copy.deepcopy(self, {id(self.turn): self.turn}), Inputs(self.how, self.turn)
+        for name in ("s", "g_x", "span"):
+            if (own := getattr(new, name)) is not None:
+                setattr(way, name, own.detach().half())
+                own.data = getattr(way, name).to(own)
+        w = new.moved_weight()
+        s = new.rows(w).stored()
+        return QuantisedLinear(quantise(w, s), s, self.bias, way)
 
 
 def peaks(peak: Float[Tensor, "b d"], batch: int = 1, keep: float = 0.95) -> Float[Tensor, "d"]:
