@@ -31,5 +31,5 @@ if __name__ == "__main__":
     made = weights.read(OUT)[0] if OUT.exists() else {"float": stills(claim.loaded("video"))}
     for name, arm in tqdm(claim.CLAIMS.arms.items()):
         if arm.run in MODELS and name not in made:
-            made[name] = stills(MODELS[arm.run](0, False, **arm.settings)[0])
+            made[name] = stills(MODELS[arm.run](0, False, **arm.settings))
     weights.write(OUT, made, {"by": "python scripts/make_few_bits.py", "caption": CAPTION, "seed": str(SEED)})

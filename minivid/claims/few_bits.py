@@ -87,70 +87,60 @@ def whole(seed, fast):
 
 
 @torch.no_grad()
-def scored(seed: int, fast: bool, model: nn.Module, bits: float) -> dict[str, float]:
-    """How near the model is to the float one, and how well it follows captions. bits: of all layers together."""
+@torch.no_grad()
+def scored(seed: int, fast: bool, model: nn.Module) -> dict[str, float]:
+    """How near the model is to the float one, how well it follows captions, and the bits a weight of what it keeps."""
     made, asked = clips(seed, fast, model)
     lost = [((model(*call) - y).square().sum(), y.square().sum()) for call, y in words.held(seed, fast)["error"]]
     error = (sum(a for a, _ in lost) / sum(b for _, b in lost)).item()
     near = psnr(made, wanted(seed, fast)).mean().item()
-    n = sum(loaded("video").get_submodule(name).weight.numel() for name in names(fast))
-    return followed(made, asked) | {"bits": bits / n, "error": error, "psnr": near}
+    kept = measure.stored_bytes([model.get_submodule(name) for name in names(fast)])
+    bits = 8 * kept / sum(m.weight.numel() for m in linears(fast).values())
+    return followed(made, asked) | {"bits": bits, "error": error, "psnr": near}
 
 
 def linears(fast: bool) -> dict[str, nn.Linear]:
     return {name: loaded("video").get_submodule(name) for name in names(fast)}
 
 
-def stored(layers: dict[str, QuantisedLinear]) -> float:
-    return 8.0 * sum(layer.nbytes for layer in layers.values())
-
-
-# --- ways to spend bits: the model, and how many it stores --------------------------------------------------------------
-
-Small = tuple[nn.Module, float]
-
-
-def to_nearest(seed: int, fast: bool, bits: int, group: int | None) -> Small:
-    """To the nearest value. group: weights of a row that share a grid; None for the whole row."""
-    split = lambda w: w if group is None else w.unflatten(1, (-1, group))
-    new = {name: QuantisedLinear.of(m, quant.minmax(split(m.weight.detach()), bits, -1)) for name, m in linears(fast).items()}
-    return swap(loaded("video"), new), stored(new)
-
-
-def to_clipped(seed: int, fast: bool, bits: int) -> Small:
-    """To the nearest value of GPTQ's grid, whose ends are cut off where that lowers the error."""
-    new = {name: QuantisedLinear.of(m, clipped(m.weight.detach(), bits)) for name, m in linears(fast).items()}
-    return swap(loaded("video"), new), stored(new)
-
-
-def to_symmetric(seed: int, fast: bool, bits: int) -> Small:
-    """To the nearest value of a symmetric grid a row, as HAWQ-V3 rounds."""
-    new = {name: QuantisedLinear.of(m, quant.symmetric(m.weight.detach(), bits, 1)) for name, m in linears(fast).items()}
-    return swap(loaded("video"), new), stored(new)
-
-
-def in_turn(seed: int, fast: bool, recorder: Callable, make: Callable) -> Small:
-    """The model's parts, one after the other, each made from what it gets when those before it are quantised."""
-    model, new = loaded("video"), {}
-    for place in ("mod", *BLOCKS):
-        own = {name: m for name, m in linears(fast).items() if name == place or name.startswith(place + ".")}
-        if own:
-            record(model, lists.calls(seed, fast, "train"), seen := {name: recorder() for name in own})
-            new |= (now := {name: make(m, seen[name]) for name, m in own.items()})
-            model = swap(model, now)
-    return model, stored(new)
+# --- ways to spend bits, each a model of packed layers ------------------------------------------------------------------
 
 
 def clipped(w: Tensor, bits: int) -> quant.Steps:
     return quant.search(w, quant.minmax(w, bits, 1), 1, 2.4).stored()
 
 
-def by_gptq(seed: int, fast: bool, bits: int) -> Small:
+GRIDS = {
+    "a row": lambda w, bits: quant.minmax(w, bits, 1),
+    "a group of 32": lambda w, bits: quant.minmax(w.unflatten(1, (-1, 32)), bits, -1),
+    "clipped": clipped,
+    "symmetric": lambda w, bits: quant.symmetric(w, bits, 1),
+}
+
+
+def to_nearest(seed: int, fast: bool, bits: int, grid: str) -> nn.Module:
+    """To the nearest value of a grid."""
+    grids = {name: GRIDS[grid](m.weight.detach(), bits) for name, m in linears(fast).items()}
+    return swap(loaded("video"), {name: QuantisedLinear.of(m, grids[name]) for name, m in linears(fast).items()})
+
+
+def in_turn(seed: int, fast: bool, recorder: Callable, make: Callable) -> nn.Module:
+    """The model's parts, one after the other, each made from what it gets when those before it are quantised."""
+    model = loaded("video")
+    for place in ("mod", *BLOCKS):
+        own = {name: m for name, m in linears(fast).items() if name == place or name.startswith(place + ".")}
+        if own:
+            record(model, lists.calls(seed, fast, "train"), seen := {name: recorder() for name in own})
+            model = swap(model, {name: make(m, seen[name]) for name, m in own.items()})
+    return model
+
+
+def by_gptq(seed: int, fast: bool, bits: int) -> nn.Module:
     """Column by column."""
     return in_turn(seed, fast, Gram, lambda m, seen: QuantisedLinear.of(m, clipped(m.weight.detach(), bits), seen.xx))
 
 
-def by_search(seed: int, fast: bool, bits: int) -> Small:
+def by_search(seed: int, fast: bool, bits: int) -> nn.Module:
     """DMMV: the largest error of each output made small, from GPTQ's codes."""
 
     def make(m, seen):
@@ -165,15 +155,12 @@ def by_search(seed: int, fast: bool, bits: int) -> Small:
     return in_turn(seed, fast, dmmv.Inputs, make)
 
 
-def by_tuned_steps(seed: int, fast: bool, bits: int) -> Small:
+def by_tuned_steps(seed: int, fast: bool, bits: int) -> nn.Module:
     """GPTQ's codes stay; steps, offsets and biases learn as VQ4DiT's codebooks do."""
-    model, size = by_gptq(seed, fast, bits)
-    model = swap(model, {name: words.Even(model.get_submodule(name)) for name in names(fast)})
-    vq4dit.calibrate(model, words.pairs(seed, fast, "walk"), BLOCKS, vq4dit.Settings(slow=words.EVEN))
-    return model, size
+    return words.tuned(by_gptq(seed, fast, bits), names(fast), words.pairs(seed, fast, "walk"))
 
 
-def by_curvature(seed: int, fast: bool, bits: int, floor: float = 0.0) -> Small:
+def by_curvature(seed: int, fast: bool, bits: int, floor: float = 0.0) -> nn.Module:
     """HAWQ-V3: so many bits on average, more where the loss is curved; q, k, v alike. floor: traces count as that share of the
     median of the positive ones at least."""
     model, own = loaded("video"), linears(fast)
@@ -189,7 +176,7 @@ def by_curvature(seed: int, fast: bool, bits: int, floor: float = 0.0) -> Small:
     choice = quant.allocate(sensitivity(trace, matrices, OPTIONS), [limit], ties)
     new = {name: QuantisedLinear.of(m, quant.symmetric(m.weight.detach(), OPTIONS[k], 1))
            for (name, m), k in zip(own.items(), choice.tolist(), strict=True)}  # fmt: skip
-    return swap(model, new), stored(new)
+    return swap(model, new)
 
 
 class Told(nn.Module):
@@ -203,93 +190,81 @@ class Told(nn.Module):
         return self.inside(x, self.t, self.cond)
 
 
-def by_rotation(seed: int, fast: bool, bits: int) -> Small:
+def by_rotation(seed: int, fast: bool, bits: int) -> nn.Module:
     """QuantVGGT: rotated and smoothed, inputs in 8 bits."""
     x, t, cond = lists.calls(seed, fast, "train")[0]
     own, told = [f"inside.{name}" for name in names(fast)], Told(loaded("video"), t, cond)
     how, turns = quantvggt.How((bits, 8)), quantvggt.rotations(told, own, x, seed)
     seen = quantvggt.observe(told, x, how.order, turns, len(x))
     small = quantvggt.quantised(told, how, turns, seen)
-    parts = {name: small.get_submodule(name) for name in own}
-    scales = sum(part.s.numel() for part in parts.values())  # in fp16; the rotations' signs are a seed
-    total = stored({name: part.packed() for name, part in parts.items()}) + 16 * scales
-    return quantvggt.folded(small).get_submodule("inside"), total
+    return swap(small, {name: small.get_submodule(name).packed() for name in own}).get_submodule("inside")
 
 
-def by_training(seed: int, fast: bool, bits: int, rank: int) -> Small:
+def by_training(seed: int, fast: bool, bits: int, rank: int) -> nn.Module:
     """QVGen, inputs in 8 bits; rank 0: without helpers."""
-    how, rate = qvgen.Bits(bits, 8, rank), {4: 3e-4, 3: 1e-3, 2: 3e-3}[bits]
+    how, rate = qvgen.Bits(bits, 8, rank), {3: 1e-3, 2: 3e-3}.get(bits, 3e-4)
     tuning = qvgen.Tuning(training.STEPS[fast], rate, seed=seed)
     model, _ = training.trained(seed, fast, how, tuning, mod=True)
-    layers = {name: layer.packed() for name, layer in qvgen.layers(model).items()}
-    clipping = sum(layer.inputs.clip.numel() for layer in qvgen.layers(model).values())
-    return swap(model, layers), stored(layers) + 16 * clipping
+    return qvgen.shipped(model)
 
 
-def by_shifts(seed: int, fast: bool) -> Small:
+def by_shifts(seed: int, fast: bool) -> nn.Module:
     """ShiftAddViT's layers: powers of two."""
     model = shiftaddvit.converted(loaded("video"), names(fast), shiftaddvit.Shift)
     model = shifts.tuned(copy.deepcopy(model), seed, fast, "shift")
-    layers = {name: model.get_submodule(name).packed() for name in names(fast)}
-    return swap(model, layers), 8.0 * sum(measure.stored_bytes(layer) for layer in layers.values())
+    return swap(model, {name: model.get_submodule(name).packed() for name in names(fast)})
 
 
-def by_codewords(seed: int, fast: bool, bits: int) -> Small:
+BOOKS = {8: (1, 256), 6: (1, 64), 4: (2, 256), 3: (2, 64), 2: (4, 256)}  # weights in a group, codewords
+
+
+def by_codewords(seed: int, fast: bool, bits: int) -> nn.Module:
     """VQ4DiT."""
-    book = dict(d=2 if bits > 2 else 4, k=16 if fast else 64 if bits == 3 else 256, shared=bits != 3)
+    d, k = BOOKS[bits]
+    book = dict(d=d, k=16 if fast else k, shared=bits != 3)
     s = vq4dit.Settings(**book, **(words.TUNED | (dict(quick=2.0) if fast else {})))
     model = vq4dit.quantised(loaded("video"), words.books(seed, fast, **book, mod=True), s)
     vq4dit.calibrate(model, words.pairs(seed, fast, "walk"), BLOCKS, s)
-    biases = 32 * sum(m.bias.numel() for m in linears(fast).values())
-    weights = sum(m.weight.numel() for m in linears(fast).values())
-    return model, vq4dit.bits(model)["total"] * weights + biases
+    return vq4dit.shipped(model)
 
 
 # --- arms ---------------------------------------------------------------------------------------------------------------
 
 
-def nearest(seed, fast, bits, group):
-    return scored(seed, fast, *to_nearest(seed, fast, bits, group))
-
-
-def cut(seed, fast, bits):
-    return scored(seed, fast, *to_clipped(seed, fast, bits))
+def nearest(seed, fast, bits, grid):
+    return scored(seed, fast, to_nearest(seed, fast, bits, grid))
 
 
 def tuned(seed, fast, bits):
-    return scored(seed, fast, *by_tuned_steps(seed, fast, bits))
-
-
-def symmetric(seed, fast, bits):
-    return scored(seed, fast, *to_symmetric(seed, fast, bits))
+    return scored(seed, fast, by_tuned_steps(seed, fast, bits))
 
 
 def gptq(seed, fast, bits):
-    return scored(seed, fast, *by_gptq(seed, fast, bits))
+    return scored(seed, fast, by_gptq(seed, fast, bits))
 
 
 def searched(seed, fast, bits):
-    return scored(seed, fast, *by_search(seed, fast, bits))
+    return scored(seed, fast, by_search(seed, fast, bits))
 
 
 def shared_out(seed, fast, bits, floor=0.0):
-    return scored(seed, fast, *by_curvature(seed, fast, bits, floor))
+    return scored(seed, fast, by_curvature(seed, fast, bits, floor))
 
 
 def rotated(seed, fast, bits):
-    return scored(seed, fast, *by_rotation(seed, fast, bits))
+    return scored(seed, fast, by_rotation(seed, fast, bits))
 
 
 def codewords(seed, fast, bits):
-    return scored(seed, fast, *by_codewords(seed, fast, bits))
+    return scored(seed, fast, by_codewords(seed, fast, bits))
 
 
 def trained(seed, fast, bits, rank):
-    return scored(seed, fast, *by_training(seed, fast, bits, rank))
+    return scored(seed, fast, by_training(seed, fast, bits, rank))
 
 
 def shifted(seed, fast):
-    return scored(seed, fast, *by_shifts(seed, fast))
+    return scored(seed, fast, by_shifts(seed, fast))
 
 
 # --- what is decided before the run -------------------------------------------------------------------------------------
@@ -298,19 +273,19 @@ ALL = (8, 6, 5, 4, 3, 2)
 HAWQ = [*FILES, PAPERS + "hawqv3/allocation.py", "minivid/claims/hawqv3.py"]
 ARMS = {
     "float": Arm(whole, FILES),
-    **{f"nearest, {bits}": Arm(nearest, FILES, bits=bits, group=None) for bits in ALL},
-    **{f"nearest, a group of 32, {bits}": Arm(nearest, FILES, bits=bits, group=32) for bits in ALL},
-    **{f"nearest, clipped, {bits}": Arm(cut, FILES, bits=bits) for bits in (4, 3, 2)},
-    "symmetric, 4": Arm(symmetric, FILES, bits=4),
+    **{f"nearest, {bits}": Arm(nearest, FILES, bits=bits, grid="a row") for bits in ALL},
+    **{f"nearest, a group of 32, {bits}": Arm(nearest, FILES, bits=bits, grid="a group of 32") for bits in ALL},
+    **{f"nearest, clipped, {bits}": Arm(nearest, FILES, bits=bits, grid="clipped") for bits in (4, 3, 2)},
+    "symmetric, 4": Arm(nearest, FILES, bits=4, grid="symmetric"),
     **{f"gptq, {bits}": Arm(gptq, FILES, bits=bits) for bits in ALL},
     "dmmv, 3": Arm(searched, [*FILES, PAPERS + "dmmv/uses.py", PAPERS + "dmmv/solver.py"], bits=3),
-    **{f"hawqv3, {bits}": Arm(shared_out, HAWQ, bits=bits) for bits in (6, 4, 3)},
+    **{f"hawqv3, {bits}": Arm(shared_out, HAWQ, bits=bits) for bits in OPTIONS[::-1]},
     "hawqv3, floor, 4": Arm(shared_out, HAWQ, bits=4, floor=0.25),
     **{f"gptq, tuned, {bits}": Arm(tuned, [*FILES, PAPERS + "vq4dit.py"], bits=bits) for bits in (3, 2)},
     **{f"quantvggt, {bits}": Arm(rotated, [*FILES, PAPERS + "quantvggt/layers.py"], bits=bits) for bits in ALL},
-    **{f"vq4dit, {bits}": Arm(codewords, [*FILES, PAPERS + "vq4dit.py"], bits=bits) for bits in (4, 3, 2)},
+    **{f"vq4dit, {bits}": Arm(codewords, [*FILES, PAPERS + "vq4dit.py"], bits=bits) for bits in BOOKS},
     **{f"{how}, {bits}": Arm(trained, [*FILES, PAPERS + "qvgen.py", "minivid/claims/qvgen.py"], bits=bits, rank=rank)
-       for bits in (4, 3, 2) for how, rank in (("trained", 0), ("qvgen", 16))},
+       for bits in BOOKS for how, rank in (("trained", 0), ("qvgen", 16))},
     "shiftaddvit, 5": Arm(shifted, [*FILES, PAPERS + "shiftaddvit.py", "minivid/claims/shiftaddvit.py"]),
 }
 

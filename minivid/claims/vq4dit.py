@@ -35,7 +35,7 @@ same noise little of this shows at two bits: 17.5 to 19.6 dB for all that are tu
 (18.6).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 
@@ -203,8 +203,20 @@ class Even(nn.Module):
         return F.linear(x, quant.dequantise(self.codes, s), self.bias)
 
 
+    @torch.no_grad()
+    def packed(self) -> QuantisedLinear:
+        return QuantisedLinear(self.codes, self.s._replace(step=self.step, offset=self.offset).stored(), self.bias)
+
+
 def layer_steps(layer: QuantisedLinear) -> Steps:
     return Steps(layer.step.float(), layer.offset.float(), layer.low, layer.high)
+
+
+def tuned(model: nn.Module, own: list[str], given: Iterable[paper.Pair]) -> nn.Module:
+    """The model of quantised layers with steps, offsets and biases learnt as codebooks are; packed again, in fp16."""
+    model = swap(model, {name: Even(model.get_submodule(name)) for name in own})
+    paper.calibrate(model, given, BLOCKS, Settings(slow=EVEN))
+    return swap(model, {name: model.get_submodule(name).packed() for name in own})
 
 
 def even(seed, fast, how, bits=2, group=128, mod=True):
@@ -225,8 +237,7 @@ def even(seed, fast, how, bits=2, group=128, mod=True):
     steps = 32 * sum(one.numel() / span(one, group) for one in w)  # a step and an offset in fp16
     found = {"bits": bits + steps / sum(one.numel() for one in w), "weights": apart(model, own)}
     if how == "tuned":
-        model = swap(model, {name: Even(model.get_submodule(name)) for name in own})
-        paper.calibrate(model, pairs(seed, fast, "walk"), BLOCKS, Settings(slow=EVEN))
+        model = tuned(model, own, pairs(seed, fast, "walk"))
     return measured(seed, fast, model) | found
 
 

@@ -104,18 +104,25 @@ def captions(recipe: str, n: int, seed: int = 0, split: str = "train", length: i
 
 
 @torch.no_grad()
-def latents(tokenizer, name: str, data: np.ndarray, device="cpu", batch: int = 8) -> Tensor:
-    """Latents `n c f h w` (fp16) of clips in bytes. name: what the clips are; first clips and tokenizer are part of the key."""
+def encoded(tokenizer, name: str, data: np.ndarray, like: tuple, say: Callable, batch: int = 8) -> Tensor:
+    """What `say` says of clips in bytes, kept by all who ask. like: shape of one and dtype, such as ((16, 8, 8), np.uint8).
+
+    name: what the clips are; the first of them and the tokenizer are part of the key
+    """
     values = [v.cpu().numpy() for v in tokenizer.state_dict().values()]
     key = hashlib.sha256(b"".join(v.tobytes() for v in [np.array(data[:8]), *values])).hexdigest()[:12]
-    shape = (len(data), *tokenizer.latent_shape(*data.shape[2:]))
 
     def parts():
         for i in range(0, len(data), batch):
-            clip = clip_of(torch.from_numpy(np.array(data[i : i + batch])).to(device))
-            yield tokenizer.encode(clip).half().cpu().numpy()
+            yield say(torch.from_numpy(np.array(data[i : i + batch]))).cpu().numpy()
 
-    return torch.from_numpy(np.array(_kept(f"latents-{key}-{name}", shape, np.float16, parts, -(-len(data) // batch))))
+    return torch.from_numpy(np.array(_kept(f"{name}-{key}", (len(data), *like[0]), like[1], parts, -(-len(data) // batch))))
+
+
+def latents(tokenizer, name: str, data: np.ndarray, device="cpu") -> Tensor:
+    """Latents `n c f h w` (fp16) of clips in bytes, see `encoded`."""
+    say = lambda some: tokenizer.encode(clip_of(some.to(device))).half()
+    return encoded(tokenizer, f"latents-{name}", data, (tokenizer.latent_shape(*data.shape[2:]), np.float16), say)
 
 
 def natural(n: int, size: int, frames: int, split: str = "train", seed: int = 0) -> np.ndarray:

@@ -205,9 +205,8 @@ def quantised(model: nn.Module, codes: dict[str, Float[Tensor, "k d"]], s: Setti
 def shipped(model: nn.Module) -> nn.Module:
     """The model with its settled layers packed: numbers of log2 k bits, and codebooks in fp16, a shared one kept once."""
     own = layers(model)
-    books = {id(layer.codes): layer.codes.detach().half() for layer in own.values()}
-    return swap(model, {name: CodebookLinear(layer.shape, layer.index, books[id(layer.codes)], layer.bias)
-                        for name, layer in own.items()})  # fmt: skip
+    half = {layer.codes: layer.codes.detach().half() for layer in own.values()}
+    return swap(model, {name: CodebookLinear(a.shape, a.index, half[a.codes], a.bias) for name, a in own.items()})
 
 
 def bits(model: nn.Module) -> dict[str, float]:
@@ -307,11 +306,9 @@ def _ratio_loss(own: Sequence[VQLinear], released: bool) -> Tensor:
 
 def _wait(own: Sequence[VQLinear]) -> None:
     """A codebook learns when all layers that read it have settled."""
+    waits = {layer.codes for layer in own if not layer.settled}
     for layer in own:
-        layer.codes.requires_grad_(True)
-    for layer in own:
-        if not layer.settled:
-            layer.codes.requires_grad_(False)
+        layer.codes.requires_grad_(layer.codes not in waits)
 
 
 def agreement(g: Float[Tensor, "m d"], index: Int[Tensor, "m"], k: int) -> Float[Tensor, "k"]:

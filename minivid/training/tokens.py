@@ -31,8 +31,11 @@ def coded(batch: int, recipes: dict[str, int] = CODED, tokenizer: str = "tok-q")
 
     def material(device):
         tok = weights.load(tokenizer, device)
-        data, said = mixed(recipes, slice(0, 16), device, 48)  # films of three shots take many words
-        codes = codes_of(tok, data)
+        data, said = mixed(recipes, slice(0, 16), "cpu", 48)  # films of three shots take many words
+        name, said = "-".join(f"{recipe}-{n}" for recipe, n in recipes.items()), said.to(device)
+        like = (tok.latent_shape(*data.shape[2:])[1:], np.uint8)
+        say = lambda some: codes_of(tok, some.to(device))
+        codes = corpus.encoded(tok, f"codes-{name}", data.numpy(), like, say, 32).to(device)
 
         def batches(i):
             rows = pick(i, len(codes), batch, 11).to(device)
