@@ -16,7 +16,7 @@ from ..world import questions
 from .generators import mixed
 from .recipe import Recipe, pick
 
-CODED = {"base": 24576, "cuts": 12288, "varied": 12288}
+CODED = {"base": 12288, "cuts": 6144, "varied": 6144}
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def coded(batch: int, recipes: dict[str, int] = CODED, tokenizer: str = "tok-q")
         name, said = "-".join(f"{recipe}-{n}" for recipe, n in recipes.items()), said.to(device)
         like = (tok.latent_shape(*data.shape[2:])[1:], np.uint8)
         say = lambda some: codes_of(tok, some.to(device))
-        codes = corpus.encoded(tok, f"codes-{name}", data.numpy(), like, say, 32).to(device)
+        codes = corpus.encoded(tok, f"codes-{name}", data.numpy(), like, say).to(device)
 
         def batches(i):
             rows = pick(i, len(codes), batch, 11).to(device)
@@ -98,6 +98,6 @@ def answer_right(model, batch, generator) -> dict[str, Tensor]:
 
 
 RECIPES = {
-    "codes": Recipe("tokens", dict(codes=256), coded(64), next_block, 6000, 2e-3, 64),
+    "codes": Recipe("tokens", dict(codes=256), coded(16), next_block, 6000, 2e-3, 16),
     "qa": Recipe("answerer", {}, asked(128), answer_right, 6000, 1.5e-3, 128),
 }
