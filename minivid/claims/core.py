@@ -18,16 +18,20 @@ nothing has blurred and 76 of 100 chunks show the one body that was told, where 
 bodies that leave the frame come back as smears. How all got here stands in docs/log.md.
 """
 
+import math
+
 import torch
 
 from minivid import world
 from minivid.core import attention, noise, sample, surgery, text, weights
 from minivid.core.cache import Cache, Window
-from minivid.core.corpus import scenes
+from minivid.core.codes import nll
+from minivid.core.corpus import bytes_of, scenes
 from minivid.core.model import Cond
 from minivid.core.sample import generate
 from minivid.lab.claims import Arm, Claims, Floor
 from minivid.training.tokenizers import answers
+from minivid.training.tokens import codes_of
 from minivid.world.clips import natural_crops
 from minivid.world.judge import judge, read_many, score
 from minivid.world.scores import psnr, sharpness
@@ -62,6 +66,24 @@ def reconstruct(seed, fast, name, frames):
     found["fewer"] = clips.numel() / latent.numel()
     found["spread"] = (latent.std((0, 2, 3, 4)) - 1).abs().max().item()
     return found
+
+
+@torch.no_grad()
+def tokens(seed, fast):
+    """Codes of held-out clips: how many of 256 occur, the bits of one by its frequency alone, and by `codes`, as shares of that.
+
+    "likely": negative log-likelihood under teacher forcing, rows of eight at once; "unread": with the captions left out
+    """
+    n, tok, model = 8 if fast else 128, weights.load("tok-q"), weights.load("codes")
+    asked = scenes("base", n, 2000 + seed, "held-out")
+    codes = codes_of(tok, bytes_of(world.batch(asked, 32, 16)), 8).long()
+    share = torch.bincount(codes.flatten(), minlength=256) / codes.numel()
+    alone = -(share * share.clamp_min(1e-12).log()).sum()
+    said = text.tokens([world.caption(scene) for scene in asked], 48)
+    bits = lambda said: torch.cat([nll(model.predict(some, Cond(text=words)), some)
+                                   for some, words in zip(codes.split(8), said.split(8), strict=True)]).mean()  # fmt: skip
+    return {"used": (share > 0).sum().item(), "alone": (alone / math.log(2)).item(), "likely": (bits(said) / alone).item(),
+            "unread": (bits(text.tokens([""] * n, 48)) / alone).item()}  # fmt: skip
 
 
 def follow(seed, fast, name):
@@ -162,6 +184,8 @@ CLAIMS = Claims(
     arms={
         "tok-v": Arm(reconstruct, files=["minivid/weights/tok-v.safetensors"], name="tok-v", frames=17),
         "tok-f": Arm(reconstruct, files=["minivid/weights/tok-f.safetensors"], name="tok-f", frames=16),
+        "tok-q": Arm(reconstruct, files=["minivid/weights/tok-q.safetensors"], name="tok-q", frames=16),
+        "codes": Arm(tokens, files=["minivid/weights/tok-q.safetensors", "minivid/weights/codes.safetensors"]),
         "feat-a": Arm(recognise, files=["minivid/weights/feat-a.safetensors"], name="feat-a"),
         "feat-b": Arm(recognise, files=["minivid/weights/feat-b.safetensors"], name="feat-b"),
         "video": Arm(follow, files=["minivid/weights/video.safetensors", "minivid/weights/tok-v.safetensors"], name="video"),
@@ -183,6 +207,9 @@ CLAIMS = Claims(
         Floor("tok-v has unit variance", "spread", "tok-v", at_most=0.25, counts=False),
         Floor("tok-f draws the world", "world", "tok-f", at_least=32.0),
         Floor("tok-f draws natural clips", "natural", "tok-f", at_least=26.0),
+        Floor("tok-q draws the world", "world", "tok-q", at_least=32.0),
+        Floor("tok-q uses its codes", "used", "codes", at_least=200),
+        Floor("codes: a code is half guessed", "likely", "codes", at_most=0.5),
         Floor("video: colours", "colour", "video", at_least=0.95),
         Floor("video: shapes", "shape", "video", at_least=0.90),
         Floor("video: directions", "motion", "video", at_least=0.85),

@@ -27,7 +27,9 @@
 # 5. read "3 bits" in a paper and ask the right question.
 
 # %%
+import tempfile
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from IPython.display import Markdown
@@ -252,7 +254,7 @@ def off(net):
 def stored(net):
     """Bits a weight of the blocks' layers, packed, with steps, offsets and biases."""
     parts = dict(net.named_modules())
-    return 8 * sum(parts[name].nbytes for name in layers) / sum(m.weight.numel() for m in layers.values())
+    return 8 * measure.stored_bytes([parts[name] for name in layers]) / sum(m.weight.numel() for m in layers.values())
 
 
 # %% tags=["nbval-ignore-output"]
@@ -268,6 +270,16 @@ show.lines(curves, "bits a weight, as stored", "error of the model's output", "A
 # for a row of 128 or 384; at the same number of *stored* bits it loses. And GPTQ at three bits is about as good as nearest
 # rounding at four.
 #
+# "Stored" means just that: codes are packed bit by bit, steps and offsets are fp16, and a file holds nothing else. These layers
+# as GPTQ leaves them, with four bits a code, on the disk:
+
+# %%
+four, file = small("a row, GPTQ", 4), Path(tempfile.mkdtemp()) / "four_bits.safetensors"
+weights.write(file, {f"{name}.{part}": t for name in layers for part, t in four.get_submodule(name).state_dict().items()}, {})
+size, whole = file.stat().st_size, sum(p.nbytes for m in layers.values() for p in m.parameters())
+print(f"{whole:,} bytes in float32, {size:,} in the file, its list of names included: {whole / size:.1f} times fewer")
+
+# %% [markdown]
 # ## Words instead of levels
 #
 # A grid has levels for one weight at a time. Take weights in pairs: a pair is a point, and k-means puts $k$ *codewords* where the
@@ -313,8 +325,8 @@ play.knobs(cloud, settled=[dict(bits=bits) for bits in (1, 2, 3)], bits=play.Int
 def worded(bits):
     s = vq4dit.Settings(d=2, k=4**bits, n=1, shared=True)
     net = vq4dit.quantised(model, vq4dit.books(model, list(layers), s, torch.Generator().manual_seed(0), 5), s)
-    biases = 32 * sum(m.bias.numel() for m in layers.values()) / sum(m.weight.numel() for m in layers.values())
-    return vq4dit.bits(net)["total"] + biases, off(net)
+    net = vq4dit.shipped(net)
+    return stored(net), off(net)
 
 
 curves["codewords, k-means"] = tuple(zip(*map(worded, (2, 3, 4)), strict=True))
