@@ -98,6 +98,6 @@ def answer_right(model, batch, generator) -> dict[str, Tensor]:
 
 
 RECIPES = {
-    "codes": Recipe("tokens", dict(codes=256), coded(16), next_block, 6000, 2e-3, 16),
+    "codes": Recipe("tokens", dict(codes=256), coded(16), next_block, 1800, 3e-3, 16, muon=1e-2),
     "qa": Recipe("answerer", {}, asked(128), answer_right, 6000, 1.5e-3, 128),
 }
