@@ -285,7 +285,7 @@ ARMS = {
     **{f"quantvggt, {bits}": Arm(rotated, [*FILES, PAPERS + "quantvggt/layers.py"], bits=bits) for bits in ALL},
     **{f"vq4dit, {bits}": Arm(codewords, [*FILES, PAPERS + "vq4dit.py"], bits=bits) for bits in BOOKS},
     **{f"{how}, {bits}": Arm(trained, [*FILES, PAPERS + "qvgen.py", "minivid/claims/qvgen.py"], bits=bits, rank=rank)
-       for bits in BOOKS for how, rank in (("trained", 0), ("qvgen", 16))},
+       for bits in (4, 3, 2) for how, rank in (("trained", 0), ("qvgen", 16))},
     "shiftaddvit, 5": Arm(shifted, [*FILES, PAPERS + "shiftaddvit.py", "minivid/claims/shiftaddvit.py"]),
 }
 

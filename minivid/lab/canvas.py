@@ -8,9 +8,10 @@ import base64
 import html
 import importlib.util
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -30,6 +31,9 @@ INK, PALE, PAPER = "#222222", "#DDDDDD", "#FFFFFF"
 _SIGNED = np.array([[0, 60, 110], [0, 114, 178], [247, 247, 247], [230, 140, 0], [120, 62, 0]], float)
 
 
+Box = tuple[float | int, float | int, float | int, float | int]
+
+
 class Picture:
     """A picture that displays itself as the last expression of a cell.
 
@@ -39,12 +43,15 @@ class Picture:
 
     text  one short stable line, the plain-text form       alt   the description for those who can't see the picture
     film  a function giving the frames (called only when the film is shown)   fps  frames a second
+    places  boxes (left, top, right, bottom) in shown pixels, and the settings of knobs that a click there stands for
     """
 
     def __init__(
-        self, image: Image.Image, text: str, alt: str, film: Callable[[], list[Image.Image]] | None = None, fps: int = 8
-    ):
+        self, image: Image.Image, text: str, alt: str, film: Callable[[], list[Image.Image]] | None = None, fps: int = 8,
+        places: Mapping[Box, Mapping[str, Any]] | None = None,
+    ):  # fmt: skip
         self.image, self.text, self.alt, self._film, self.fps = image, text, alt, film, fps
+        self.places = dict(places or {})
         if image.mode != "P":  # an image in few colours stays so
             self.image = image.convert("RGB")
 
@@ -217,23 +224,26 @@ class Sheet:
             self.right = max(self.right, 4 + int(font(bold).getlength(line) / DENSITY))
             self.height += TEXT + 6
 
-    def tiles(self, tiles: Sequence[np.ndarray], labels: Sequence[str] = (), left: str = "", gap: int = 4) -> None:
-        """Place tiles (`h w 3`, already enlarged to drawn pixels) in rows of equal length, labels under them."""
+    def tiles(self, tiles: Sequence[np.ndarray], labels: Sequence[str] = (), left: str = "", gap: int = 4) -> list[Box]:
+        """Place tiles (`h w 3`, already enlarged to drawn pixels) in rows of equal length, labels under them. Returns where."""
         indent = 4 + (int(font().getlength(left) / DENSITY) + 8 if left else 0)
         high, wide = tiles[0].shape[0] // DENSITY, tiles[0].shape[1] // DENSITY
         most = max(1, (self.width - indent) // (wide + gap))
         rows = -(-len(tiles) // most)
         columns = -(-len(tiles) // rows)
+        boxes: list[Box] = []
         for start in range(0, len(tiles), columns):
             if left and start == 0:
                 self.items.append((4, self.height + high // 2 - TEXT // 2 - 1, left, font(), INK))
             for i, tile in enumerate(tiles[start : start + columns]):
                 x = indent + i * (wide + gap)
                 self.items.append((x, self.height, tile, None, ""))
+                boxes.append((x, self.height, x + wide, self.height + high))
                 if labels:
                     self._label(labels[start + i], x + wide / 2, self.height + high + 1)
                 self.right = max(self.right, x + wide)
             self.height += high + (TEXT + 8 if labels else gap)
+        return boxes
 
     def _label(self, text: str, middle: float, y: int) -> None:
         self.items.append((middle - font().getlength(text) / DENSITY / 2, y, text, font(), INK))

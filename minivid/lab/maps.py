@@ -97,7 +97,8 @@ def board(
 ) -> Picture:  # fmt: skip
     """All heads of a model: thumbnails `l k n n` of their maps, each framed in the colour of its kind, which is written under it.
 
-    colours  kind -> colour of the palette      chosen  (layer, head) with a double frame
+    colours  kind -> colour of the palette      chosen  (layer, head) with a double frame; as a live picture of knobs called
+    layer and head, a click on another chooses that
     sides    what stands under one another on the right, as `bars` and `curve` draw it
     """
     values = checked(maps, "l k n m", "attention maps")
@@ -106,10 +107,12 @@ def board(
     sheet = Sheet(WIDTH)
     if caption:
         sheet.text(caption, bold=True)
+    places = {}
     for layer, row in enumerate(kinds):
         tiles = [_framed(square(x, side=64), colours[kind], (layer, i) == chosen)
                  for i, (x, kind) in enumerate(zip(values[layer], row, strict=True))]  # fmt: skip
-        sheet.tiles(tiles, list(row), left=f"layer {layer}", gap=40)
+        for i, box in enumerate(sheet.tiles(tiles, list(row), left=f"layer {layer}", gap=40)):
+            places[box] = {"layer": layer, "head": i}
     page = sheet.image()
     high, wide = max(page.height, sum(x.height for x in sides)), page.width + max((x.width for x in sides), default=0)
     both = Image.new("RGB", (wide, high), "white")
@@ -117,7 +120,7 @@ def board(
     for i, side in enumerate(sides):
         both.paste(side, (page.width, sum(x.height for x in sides[:i])))
     said = "; ".join(f"layer {i}: {', '.join(row)}" for i, row in enumerate(kinds))
-    return Picture(both, f"board of {values.shape[0]} x {values.shape[1]} heads", alt or f"{caption}: {said}.")
+    return Picture(both, f"board of {values.shape[0]} x {values.shape[1]} heads", alt or f"{caption}: {said}.", places=places)
 
 
 def _framed(tile: np.ndarray, colour: str, double: bool) -> np.ndarray:

@@ -118,17 +118,36 @@ def knobs(
     first = picture(**{name: control.value for name, control in controls.items()})
     # A fixed width: in a box an image would stretch to the page, and blur.
     image = W.Image(value=first.png, format="png", layout=W.Layout(width=f"{width or first.width}px"))
+    if first.places:
+        image = _touched(first.png, width or first.width)
     caption = W.Label(first.alt)
+    now = lambda: picture(**{name: control.value for name, control in controls.items()})
+    busy = []
 
     def follow(_: Any) -> None:
-        now = picture(**{name: control.value for name, control in controls.items()})
-        image.value, caption.value = now.png, now.alt
+        if not busy:
+            image.value, caption.value = now().png, now().alt
+
+    def touched(change: Any) -> None:
+        busy.append(True)  # one drawing for all knobs that a click turns
+        for name, value in _at(now(), *change["new"]).items():
+            controls[name].value = value
+        busy.clear()
+        follow(None)
 
     for control in controls.values():
         control.observe(follow, names="value")
+    if first.places:
+        image.observe(touched, names="place")
     stills = [(_setting(values), picture(**values)) for values in settled]
     text = f"knobs {', '.join(knob)}"
     return Display(W.VBox([*controls.values(), image, caption]), _beside(stills, text), text)
+
+
+def _at(picture: Picture, right: Number, down: Number) -> Mapping[str, Any]:
+    """What a click stands for. right, down: how far it is into the picture, as shares of its width and height."""
+    x, y = right * picture.width, down * picture.image.height / DENSITY
+    return next((what for (a, b, c, d), what in picture.places.items() if a <= x < c and b <= y < d), {})
 
 
 def _check(render: Callable[..., Picture], settled: Sequence[Mapping[str, Any]], knob: Mapping[str, Knob]) -> None:
@@ -212,6 +231,44 @@ def upload(render: Callable[[Tensor], Picture], sample: Tensor, *, size: int = 6
 
     button.observe(take, names="value")
     return Display(box, first, "upload a video")
+
+
+# --- a picture that is clicked ------------------------------------------------------------------------------------------
+
+_TOUCHED = """
+function render({ model, el }) {
+  const image = document.createElement("img");
+  image.className = "widget-image";
+  image.style.width = model.get("width") + "px";
+  image.style.cursor = "pointer";
+  function draw() {
+    URL.revokeObjectURL(image.src);
+    image.src = URL.createObjectURL(new Blob([model.get("value")], { type: "image/png" }));
+  }
+  image.addEventListener("click", e => {
+    model.set("place", [e.offsetX / image.clientWidth, e.offsetY / image.clientHeight]);
+    model.save_changes();
+  });
+  model.on("change:value", draw);
+  draw();
+  el.append(image);
+}
+export default { render };
+"""
+
+
+def _touched(png: bytes, width: int) -> Any:
+    """A live picture that says where it was clicked, `place`, as shares of its width and height."""
+    import anywidget
+    import traitlets
+
+    class Touched(anywidget.AnyWidget):
+        _esm = _TOUCHED
+        value = traitlets.Bytes().tag(sync=True)
+        width = traitlets.Int().tag(sync=True)
+        place = traitlets.List().tag(sync=True)
+
+    return Touched(value=png, width=width)
 
 
 # --- an attention map to walk through ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minivid.lab import play, show
+from minivid.lab import maps, play, show
 from minivid.lab.play import Choice, FloatRange, IntRange, Toggle
 from minivid.world import files
 
@@ -62,6 +62,29 @@ def test_every_knob_moves_the_picture_and_nothing_is_drawn_twice():
     drive(display)
     bits.value = 2
     assert len(calls) <= drawn + 12 and len(calls) == len(set(calls))
+
+
+def test_a_click_into_the_picture_turns_the_knobs_and_draws_once():
+    calls = []
+
+    def render(layer, head, noise):
+        calls.append((layer, head, noise))
+        few, kinds = torch.rand(2, 3, 8, 8).softmax(-1), [["full"] * 3] * 2
+        return maps.board(few, kinds, {"full": "sky"}, f"layer {layer}, head {head}", chosen=(layer, head))
+
+    settled = [{"layer": 0, "head": h, "noise": 1} for h in range(3)]
+    display = play.knobs(render, settled=settled, layer=IntRange(0, 1, 0), head=IntRange(0, 2, 0), noise=IntRange(1, 2, 1))
+    layer, head, noise, image, caption = display.widget.children
+    picture, before, drawn = render(0, 0, 1), bytes(image.value), len(calls)
+    for box, what in picture.places.items():
+        middle = (box[0] + box[2]) / 2 / picture.width, (box[1] + box[3]) * play.DENSITY / 2 / picture.image.height
+        image.place = list(middle)
+        assert {"layer": layer.value, "head": head.value} == what
+        assert caption.value.startswith(f"layer {layer.value}, head {head.value}")
+    assert len(picture.places) == 6 and len(calls) - drawn == 3  # three heads were in the stills
+    assert bytes(image.value) != before and noise.value == 1
+    image.place = [0.0, 0.0]  # beside all heads: nothing
+    assert (layer.value, head.value) == (1, 2)
 
 
 def test_the_image_has_a_fixed_width_and_the_stills_stand_below():
