@@ -39,11 +39,10 @@ from ..core.cache import Cache, Entry, pick, together
 from ..core.model import Cond
 from ..core.rollout import Plan, block_times, rollout
 from ..core.text import NULL, NUMBER, VOCABULARY
-from ..core.where import Where
+from ..core.where import HIDDEN, Where
 from ..world import COLOURS, SHAPES
 
 NAMES = (*COLOURS, *SHAPES, "first", "second", "third", "last")  # words that name a scene or a look
-HIDDEN = 2**40  # block number of padding: beyond every query's
 
 
 # --- what a cache keeps, and what it reads ----------------------------------------------------------------------------

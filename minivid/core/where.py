@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+HIDDEN = 2**40  # block number of padding: beyond every query's
+
 
 @dataclass(frozen=True)
 class Where:

@@ -167,13 +167,15 @@ plots.figure(draw, (8.2, 3.2), "best choice and window", alt, (1, 2))
 # window of frames, a window of places and a stripe of frames, each head gets the one with the least error plus price,
 # or stays full if even that exceeds $\varepsilon$. Turn $\varepsilon$, and everything below follows: the modes
 # (frames of the thumbnails), the chosen head's map with what is still computed in full colour, the clip that the
-# model believes in, and what that costs.
+# model believes in, and what that costs; on the curve, the point moves (whole clips of four captions, 20 steps each).
+# **Click a head** to see its map, or choose it by its layer and number.
 
 # %%
 made, header = weights.read("papers/sparse-vdit.safetensors")
 tables = [[[paper.Mode(k, w, tuple(c)) for k, w, c in row] for row in table] for table in json.loads(header["tables"])[1]]
 error, cost = made["errors"][1], torch.tensor([paper.share(table[0][0], grid) for table in tables])
 colours = dict(zip(paper.KINDS, ("black", "sky", "blue", "orange", "purple"), strict=True))
+epsilons, shares, scores = made["curve"].clamp(max=50).T.tolist()
 long = *torch.randn(3, 1, 1, 4096, 32, generator=torch.Generator().manual_seed(0)), where.grid(16, 16, 16)
 seconds = {"full": 1.0, "skip": 0.0}  # beside full attention
 for table in tables[2:]:
@@ -214,8 +216,10 @@ def explore(clip, noise, epsilon, layer, head):
     score = min(99, psnr(now, dense_clip(clip, noise)).item())
     strips = {"the clip the model believes in, all pairs": dense_clip(clip, noise), f"these pairs: {score:.0f} dB to it": now}
     page = maps.head(f"epsilon {epsilon:.3g}", {"this head's map": maps.square(full, kept, side=200)}, looked, strips, told)
+    at = min(range(len(epsilons)), key=lambda i: abs(epsilons[i] - epsilon))
+    curve = maps.curve(shares, scores, at, "share of the pairs", "PSNR to the dense clips, dB, at most 50")
     return maps.board(thumbnails(clip, noise), [[m.kind for m in row] for row in table], colours, "",
-                      chosen=(layer, head), sides=(page.image,), alt=page.alt)  # fmt: skip
+                      chosen=(layer, head), sides=(page.image, curve), alt=page.alt)  # fmt: skip
 
 
 # %% tags=["nbval-ignore-output"]

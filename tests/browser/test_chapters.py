@@ -31,6 +31,11 @@ def test_the_attention_explorer_of_chapter_05(tmp_path):
         book.step_slider(number=1, key="ArrowLeft")  # layer
         book.step_slider(number=2)  # head
         assert "Layer 3, head 1" in " ".join(book.captions())
+        head = page.locator("img.widget-image").first  # on the board: the first head of the first layer
+        head.click(position={"x": 80, "y": 30})
+        page.wait_for_function(
+            "css => [...document.querySelectorAll(css)].some(x => x.innerText.includes('Layer 0, head 0'))", arg=lab.CAPTION
+        )
         assert page.problems == []
 
 
