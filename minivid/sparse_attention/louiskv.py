@@ -141,9 +141,9 @@ class LouisKV(Cache):
 
     # what a rival may do otherwise: when to look, and how tokens are grouped
 
-    def looks(self, layer: int, agreed: Float[Tensor, "b"]) -> Bool[Tensor, "b"]:
-        """Which samples look again."""
-        return agreed < self.tau
+    def looks(self, layer: int, turned: Bool[Tensor, "b"]) -> Bool[Tensor, "b"]:
+        """Which samples look again, given whose query has turned."""
+        return turned
 
     def grouping(self, k: Float[Tensor, "b g n d"]) -> Int[Tensor, "b g n"]:
         """The units of the prompt."""
@@ -201,9 +201,10 @@ class LouisKV(Cache):
         m, (all_,) = self.memory[layer], past
         now = self.direction(q, where)
         agreed = torch.full_like(now[:, 0, 0], -1) if m.last is None else F.cosine_similarity(now, m.last, dim=-1).mean(1)
-        look = self.looks(layer, agreed) | (m.last is None)
+        turned = (agreed < self.tau) | (m.last is None)
+        look = self.looks(layer, turned) | (m.last is None)
         m.agreed.append(agreed), m.looked.append(look)
-        m.last, m.turned = now, m.turned | look
+        m.last, m.turned = now, m.turned | turned
         if look.any():
             self.fetch(m, q, all_, look)
         return together([*self.nearby(m, all_), Entry(0, *m.read)])
