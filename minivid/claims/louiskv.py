@@ -344,7 +344,6 @@ CLAIMS = Claims(
         Compare("a returning body has its colour", "body", "returns: louiskv", "returns: window", 0.3, False, True),
         Compare("as if all were read", "body", "returns: louiskv", "returns: full", -0.2, False, True, counts=False),
     ],
-    seeds=range(5),
     minutes=15,
     tolerance={"ratio": float("inf")},
 )  # fmt: skip
