@@ -4,7 +4,8 @@ Unless told otherwise the prompt is the first 8 frames of held-out films that ar
 by row. 64 tokens are fetched, besides the first 8 and the last 64 or so that were generated. "kl" is KL(full cache || this cache)
 in nats a token, mean over all rows after the prompt; "rate" retrievals a row (of a layer); "moved" kilobytes copied or compared a
 row. A rival has the same budget, sink and buffer, and looks at every s-th row, or at random as often. tau is the quantile of the
-agreement of 8 films of the training split at which one row in s turns, a single number for all layers.
+agreement of 8 films of the training split at which one row in s turns: a single number for all layers, as in the paper, or,
+since layers turned out to agree with themselves so differently that some would look always and some never, each its "own".
 
 1. Locality: of the sets of 64 prompt tokens that a row's attention weighs most, how alike (Jaccard) those of rows so many apart
    are, mean over layers, key heads and films; two random sets would have "chance". "spearman" is the rank correlation of that at
@@ -164,14 +165,15 @@ def rival(fast: bool, **how) -> Rival:
 
 
 @lru_cache(8)
-def turning(fast: bool, every: int, bare: bool) -> float:
-    """tau at which one row in `every` turns, on films of the training split."""
+def turning(fast: bool, every: int, bare: bool, own: bool = False):
+    """tau at which one row in `every` turns, on films of the training split; own: for each layer."""
     n, known, frames = sizes(fast)
     codes, said, _ = material(99, n, "train")
     cache = rival(fast, tau=1.01, bare=bare)
     forced(cache, codes, said, known, frames)
-    seen = torch.cat([torch.stack(m.agreed[1:]).flatten() for m in cache.memory.values()])
-    return seen.quantile(share(fast, every)).item()
+    seen = torch.stack([torch.stack(cache.memory[layer].agreed[1:]).flatten() for layer in sorted(cache.memory)])
+    taus = seen.quantile(share(fast, every), dim=1) if own else seen.flatten().quantile(share(fast, every))
+    return tuple(taus.tolist()) if own else taus.item()
 
 
 # --- arms ---------------------------------------------------------------------------------------------------------------
@@ -221,23 +223,21 @@ def locality(seed, fast):
     rows = torch.arange(1, sets.shape[1]) + known * ROW + 1  # the row that each agreement is of
     begins = (rows % ROW == 0)[:, None]
     cut = begins & torch.stack([torch.isin(rows // ROW, torch.tensor([c.start for c in film.cuts])) for film in some], 1)
-    new = begins & ~cut
+    new = begins & ~cut  # rows and films
     lags = [lag for lag in (1, 2, 4, 8, 16, 32) if lag < sets.shape[1]]
     found = {f"lag {lag}": alike(lag).mean().item() for lag in lags}
     share = BUDGET / of_prompt
     found |= {"chance": share / (2 - share), "nearer": found["lag 1"] - found[f"lag {lags[-1]}"]}
     for bare, name in ((True, "content"), (False, "places")):
         found[f"spearman, {name}"] = float(spearmanr(r[bare].flatten(), alike(1).mean(-1).flatten()).statistic)
-        found |= {f"{name}, a new frame": r[bare][:, new.expand_as(r[bare][0])].mean().item(),
-                  f"{name}, within": r[bare][:, (~new & ~cut).expand_as(r[bare][0])].mean().item()}  # fmt: skip
-        if cut.any():
-            found[f"{name}, after a cut"] = r[bare][:, cut].mean().item()
+        places = {"a new frame": new, "after a cut": cut, "within": ~new & ~cut}
+        found |= {f"{name}, {place}": r[bare][:, rows].mean().item() for place, rows in places.items() if rows.any()}
     return found
 
 
-def looking(seed, fast, when, every=1, bare=True):
+def looking(seed, fast, when, every=1, bare=True, own=False):
     n, known, frames = sizes(fast)
-    tau = turning(fast, every, bare) if when == "turns" else turning(fast, 4, True)  # the latter: where segments end
+    tau = turning(fast, every, bare, own) if when == "turns" else turning(fast, 4, True)  # the latter: where segments end
     make = lambda: rival(fast, when=when, every=every, tau=tau, bare=bare, seed=seed, share=share(fast, every))
     found = apart(seed, fast, make(), known, frames)
     codes, said, _ = material(seed, n)
@@ -310,6 +310,9 @@ ARMS = {
     **{f"{when}, {every}": Arm(looking, FILES, when=when, every=every)
        for when in ("turns", "stride", "random") for every in RATES},
     **{f"turns with places, {every}": Arm(looking, FILES, when="turns", every=every, bare=False) for every in RATES},
+    **{f"turns, own tau, {every}": Arm(looking, FILES, when="turns", every=every, own=True) for every in RATES},
+    **{f"turns with places, own tau, {every}": Arm(looking, FILES, when="turns", every=every, bare=False, own=True)
+       for every in RATES},
     **{f"prompt: {units}": Arm(grouped_by, FILES, part="prompt", units=units) for units in PROMPT},
     **{f"output: {units}": Arm(grouped_by, FILES, part="output", units=units) for units in OUTPUT},
     "speed": Arm(speed, FILES),
@@ -332,7 +335,8 @@ CLAIMS = Claims(
         Floor("agreement of turned queries tells", "spearman, places", "locality", at_least=0.5, counts=False),
         # 2: when to look
         *(nearer(f"turns, {every}", f"{rival}, {every}") for rival in ("stride", "random") for every in RATES),
-        *(nearer(f"turns with places, {every}", f"stride, {every}", False) for every in RATES),
+        *(nearer(f"{how}, {every}", f"stride, {every}", False)
+          for how in ("turns with places", "turns, own tau", "turns with places, own tau") for every in RATES),
         *(nearer(f"turns, {every}", "always", False, -0.1) for every in RATES),
         # 3: what to fetch
         nearer("prompt: clusters", "prompt: pages"), nearer("prompt: clusters", "prompt: bounds"),

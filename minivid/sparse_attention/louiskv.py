@@ -120,15 +120,15 @@ class LouisKV(Cache):
     """Keeps all, reads few: the block that comes first is the prompt, every later one a step.
 
     budget:  tokens that are fetched at most, B
-    tau:     look again when the mean cosine of a step's queries to the last step's is below
+    tau:     look again when the mean cosine of a step's queries to the last step's is below; a tuple gives each layer its own
     sink, local, size, longest: first tokens, tokens of the buffer, tokens a cluster on average, tokens a segment at most
     bare:    compare queries without their rotary turn
     """
 
     rotated = True  # only then are the scores those that the attention will give
 
-    def __init__(self, budget: int = 128, tau: float | int = 0.7, sink: int = 4, local: int = 64, size: int = 16,
-                 longest: int = 32, bare: bool = True):  # fmt: skip
+    def __init__(self, budget: int = 128, tau: float | int | tuple[float | int, ...] = 0.7, sink: int = 4, local: int = 64,
+                 size: int = 16, longest: int = 32, bare: bool = True):  # fmt: skip
         if min(budget, local, size, longest) < 1 or sink < 0:
             raise ValueError(f"budget, local, size and longest are 1 at least, got {budget}, {local}, {size}, {longest}; {sink=}")
         self.budget, self.tau, self.sink, self.local = budget, tau, sink, local
@@ -201,7 +201,8 @@ class LouisKV(Cache):
         m, (all_,) = self.memory[layer], past
         now = self.direction(q, where)
         agreed = torch.full_like(now[:, 0, 0], -1) if m.last is None else F.cosine_similarity(now, m.last, dim=-1).mean(1)
-        turned = (agreed < self.tau) | (m.last is None)
+        tau = self.tau[layer] if isinstance(self.tau, tuple) else self.tau
+        turned = (agreed < tau) | (m.last is None)
         look = self.looks(layer, turned) | (m.last is None)
         m.agreed.append(agreed), m.looked.append(look)
         m.last, m.turned = now, m.turned | turned
@@ -236,11 +237,9 @@ class LouisKV(Cache):
 
     def nearby(self, m: Memory, past: Entry) -> list[Entry]:
         """The first tokens, and the buffer."""
-        where, sink = seen(past.where, past.k), min(self.sink, m.first)
-        place = torch.arange(past.k.shape[2], device=past.k.device)
-        gone = m.first + leaving(m.segment, self.local)
-        block = torch.where((place >= sink) & (place < gone[:, None]), HIDDEN, where.block)
-        parts = slice(0, sink), slice(int(gone.min()), None)
+        where, sink, near = seen(past.where, past.k), min(self.sink, m.first), (m.unit[:, 0] == LOCAL).any(0)
+        block = torch.where(m.unit[:, 0] >= 0, HIDDEN, where.block)  # one sample's buffer may begin before another's
+        parts = slice(0, sink), slice(int(near.int().argmax()) if near.any() else len(near), None)
         return [Entry(0, past.k[:, :, p], past.v[:, :, p], Where(where.coords[:, p], block[:, p])) for p in parts]
 
     @property
