@@ -38,7 +38,7 @@ from ..core.where import Where
 
 Heads = Float[Tensor, "b g n d"]
 Groups = Float[Tensor, "*n s"]  # the last axis shares a scale
-KINDS = ("minmax", "sign", "centred", "ternary")
+KINDS = ("minmax", "sign", "ternary")
 SELECTORS = ("range", "variance", "outliers", "random")
 
 
@@ -71,12 +71,13 @@ MIXES = {"": (lambda x: x, lambda z: z), "fft": (waves, unwaves), "hadamard": (h
 class Scheme:
     """How numbers `b g n d` are kept.
 
-    kind:   "minmax" (2^bits values from the least to the largest), "sign" (+-s), "centred" (mean +-s), "ternary" (-s, 0, s)
+    kind:   "minmax" (2^bits values from the least to the largest), "sign" (+-s), "ternary" (-s, 0, s)
     size:   how many numbers share a scale
     by:     "channel": these follow one another in time; "token": they are channels of one token, head after head
     mix:    what channels go through first: "fft", "hadamard" or nothing
     gamma:  a ternary code is 0 within +-gamma s (paper: 0.7 in the text, 0.5 in the code)
     fitted: the ternary scale is the best for its codes, the mean size of what isn't 0
+    centred: signs and ternary codes are of the distance from the group's mean, one more number in fp16
     """
 
     kind: str = "minmax"
@@ -86,6 +87,7 @@ class Scheme:
     mix: str = ""
     gamma: float = 0.7
     fitted: bool = False
+    centred: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS or self.by not in ("channel", "token") or self.mix not in MIXES or self.size < 1:
@@ -99,7 +101,7 @@ class Scheme:
     @property
     def offset(self) -> bool:
         """Whether a group keeps an offset beside its step."""
-        return self.kind in ("minmax", "centred")
+        return self.centred or self.kind == "minmax"
 
     @property
     def true(self) -> float:
@@ -117,23 +119,21 @@ class Scheme:
         y = y.flatten(-2)
         return MIXES[self.mix][1](y.mT if self.by == "channel" else rearrange(y, "b n (g d) -> b g n d", g=heads))
 
-    def coded(self, y: Groups) -> tuple[Int[Tensor, "*n s"], Tensor, Tensor]:
+    def coded(self, y: Groups) -> tuple[UInt8[Tensor, "*n s"], Tensor, Tensor]:
         """Codes from 0 up, and a step and an offset a group, as fp16 keeps them: value = step code + offset."""
         kept = lambda x: x.half().to(y.dtype)
         if self.kind == "minmax":
             grid = quant.minmax(y, self.bits, -1)
             step, offset = kept(grid.step.clamp_min(2.0**-14)), kept(grid.offset)
             return ((y - offset) / step).round().clamp(0, self.top).to(torch.uint8), step, offset
-        middle = y.mean(-1, keepdim=True) if self.kind == "centred" else torch.zeros_like(y[..., :1])
-        size = (y - middle).abs()
-        s = size.mean(-1, keepdim=True)
-        if self.kind != "ternary":
-            step = kept(2 * s)
-            return (y >= middle).to(torch.uint8), step, kept(middle - step / 2)
-        far = size > self.gamma * s
-        if self.fitted:
-            s = (size * far).sum(-1, keepdim=True) / far.sum(-1, keepdim=True).clamp_min(1)
-        return (1 + far * y.sign()).to(torch.uint8), kept(s), -kept(s)
+        middle = y.mean(-1, keepdim=True) * self.centred
+        s = (size := (y - middle).abs()).mean(-1, keepdim=True)
+        codes, far = y >= middle, size > self.gamma * s
+        if self.kind == "ternary":
+            codes = 1 + far * (y - middle).sign()
+            s = (size * far).sum(-1, keepdim=True) / far.sum(-1, keepdim=True).clamp_min(1) if self.fitted else s
+        step = kept(s * 2 / self.top)
+        return codes.to(torch.uint8), step, kept(middle - step * self.top / 2)
 
     def pack(self, x: Heads) -> "Packed":
         codes, step, offset = self.coded(self.grouped(x))
@@ -156,7 +156,7 @@ class Packed:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.data, self.step, self.offset) if t is not None)
 
-    def codes(self) -> Int[Tensor, "*n s"]:
+    def codes(self) -> UInt8[Tensor, "*n s"]:
         top, n = self.scheme.top, math.prod(self.shape)
         return (quant.unpack3(self.data, n) if top == 2 else unpack(self.data, top.bit_length(), n)).view(self.shape)
 
@@ -194,8 +194,7 @@ def most(score: Float[Tensor, "b n"], count: int) -> Bool[Tensor, "b n"]:
 
 def relevance(seen: Float[Tensor, "b n d"], words: Float[Tensor, "b l d"], there: Bool[Tensor, "b l"]) -> Float[Tensor, "b n"]:
     """I_i = mean_j <x_v^i, x_t^j>, of embeddings before the first layer; `there`: which words are no padding."""
-    mean = (words * there[..., None]).sum(1) / there.sum(1, keepdim=True)
-    return torch.einsum("bnd,bd->bn", seen, mean)
+    return torch.einsum("bnd,bld,bl->bn", seen, words, there / there.sum(1, keepdim=True))
 
 
 def along(x: Heads, index: Int[Tensor, "b m"], axis: int) -> Heads:
@@ -213,7 +212,8 @@ class Setting:
 
     hot, cold: schemes of anomalous and normal key channels; safe, rest: of the values of protected and other tokens
     select:   what makes a channel anomalous, one of SELECTORS
-    residual: tokens that stay in fp16 before they are packed; all whole groups are packed then
+    residual: tokens that wait in fp16 until they are as many; then all whole groups are packed
+    recent:   the latest tokens, which always stay in fp16
     rotated:  keys are packed after the rotary turn
     """
 
@@ -225,6 +225,7 @@ class Setting:
     rest: Scheme = Scheme("ternary")
     select: str = "range"
     residual: int = 32
+    recent: int = 0
     rotated: bool = True
 
     def __post_init__(self):
@@ -242,21 +243,20 @@ class Both:
     """Numbers in two parts along an axis, each by its scheme; `on`, kept elsewhere as bits, says which are in the first."""
 
     on: UInt8[Tensor, "m"]
+    size: tuple[int, int]
     axis: int
-    shape: tuple[int, ...]
     parts: list[Packed]
 
     @classmethod
     def of(cls, x: Heads, on: UInt8[Tensor, "m"], axis: int, *schemes: Scheme) -> "Both":
-        both = cls(on, axis, tuple(x.shape), [])
-        first = int(unpack(on, 1, len(x) * x.shape[axis]).sum()) // len(x)
+        both = cls(on, (len(x), x.shape[axis]), axis, [])
+        first = int(unpack(on, 1, math.prod(both.size)).sum()) // len(x)
         parts = along(x, both.order(), axis).split([first, x.shape[axis] - first], axis)
         both.parts = [scheme.pack(part) for scheme, part in zip(schemes, parts, strict=True) if part.numel()]
         return both
 
     def order(self) -> Int[Tensor, "b m"]:
-        b, m = self.shape[0], self.shape[self.axis]
-        return unpack(self.on, 1, b * m).view(b, m).argsort(dim=-1, descending=True, stable=True)
+        return unpack(self.on, 1, math.prod(self.size)).view(self.size).argsort(dim=-1, descending=True, stable=True)
 
     def values(self) -> Heads:
         return along(torch.cat([part.values() for part in self.parts], self.axis), self.order().argsort(-1), self.axis)
@@ -286,11 +286,11 @@ class VidKV(Cache):
     def close(self, block: int) -> None:
         """The block is done. A full residual is packed, but for tokens that fill no group."""
         super().close(block)
-        n = super().tokens
-        whole = n // self.setting.whole * self.setting.whole
-        if n < self.setting.residual or not whole:
+        n, s = super().tokens, self.setting
+        whole = (n - s.recent) // s.whole * s.whole
+        if n - s.recent < s.residual or whole < 1:
             return
-        self.safe.append(pack(self.protected(self.tokens - n, whole), 1))
+        self.safe.append(pack(self.protected(self.tokens - n, whole).byte(), 1))
         for layer, entries in self.kept.items():
             k, v, where = together(entries)
             part = lambda a, b, at=where: Where(at.coords[..., a:b, :], at.block if at.block is None else at.block[..., a:b])
@@ -303,13 +303,15 @@ class VidKV(Cache):
         p, b = self.setting.p, len(self.kept[0][0].k)
         if p in (0, 1):
             return torch.full((b, n), p == 1)
+        if self.relevant.shape[1] < start + n:
+            raise ValueError(f"we know the relevance of {self.relevant.shape[1]} tokens, and {start + n} have come")
         count = round(p * n / self.setting.safe.size) * self.setting.safe.size
         return most(self.relevant[:, start : start + n].expand(b, -1), count)
 
     def packed(self, layer: int, k: Heads, v: Heads) -> tuple[Both, Both]:
         s = self.setting
         if layer not in self.hot:
-            self.hot[layer] = pack(channels(k, s.k, s.select, self.seed + 100 * layer), 1)
+            self.hot[layer] = pack(channels(k, s.k, s.select, self.seed + 100 * layer).byte(), 1)
         return Both.of(k, self.hot[layer], 3, s.hot, s.cold), Both.of(v, self.safe[-1], 2, s.safe, s.rest)
 
     def read(self, layer: int, q: Tensor, where: Where) -> tuple[Tensor, Tensor, Where] | None:
@@ -319,7 +321,7 @@ class VidKV(Cache):
         if not all_of_it:
             return None
         k, v, places = together(all_of_it)
-        self.moved += (k.numel() + v.numel()) * k.element_size()
+        self.moved += k.nbytes + v.nbytes
         return k, v, places
 
     @property
