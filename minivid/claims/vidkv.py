@@ -55,18 +55,16 @@ def loaded(name):
     return weights.load(name)
 
 
-def built(k=1.0, one="fft", bits=2, value="2", p=0.0, size=32, by="channel", keys="channel", select="range", rotated=True):
-    """A setting from plain values. size: of all groups; or of keys a channel and of what is shared by a token."""
+def built(one="fft", bits=2, value="2", size=32, by="channel", keys="channel", **more):
+    """A setting from plain values. size: of all groups; or of those of a channel and of those of a token."""
     size, wide = (size, size) if isinstance(size, int) else size
     one_bit = {"minmax": Scheme(bits=1), "sign": Scheme("sign"), "fft": Scheme("sign", mix="fft"),
                "hadamard": Scheme("sign", mix="hadamard"), "centred": Scheme("sign", centred=True)}  # fmt: skip
     kinds = {"8": Scheme(bits=8), "2": Scheme(), "1.58": Scheme("ternary"), "1.58, gamma 0.5": Scheme("ternary", gamma=0.5),
              "1.58, fitted": Scheme("ternary", fitted=True)}  # fmt: skip
     of = lambda scheme, by: replace(scheme, by=by, size=wide if by == "token" else size)
-    return Setting(
-        k, p, of(Scheme(bits=bits), keys), of(one_bit[one], "channel"), of(Scheme(), by), of(kinds[value], by), select,
-        rotated=rotated,
-    )  # fmt: skip
+    key, other = dict(hot=of(Scheme(bits=bits), keys), cold=of(one_bit[one], "channel")), of(kinds[value], by)
+    return Setting(**{"k": 1.0} | key | more, safe=of(Scheme(), by), rest=other)
 
 
 class Beside(Cache):

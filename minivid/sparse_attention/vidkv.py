@@ -1,6 +1,6 @@
 """VidKV: keep the keys and values of a video in one or two bits a number, and count every bit.
 
-Paper:   VidKV: Plug-and-Play 1.x-Bit KV Cache Quantization for Video Large Language Models (2025), arXiv 2503.16257
+Paper:   Plug-and-Play 1.x-Bit KV Cache Quantization for Video Large Language Models (2025), arXiv 2503.16257
 Kind:    part (a cache; no training)
 Equal:   the plain cache in fp16, with a residual longer than the film; a 2-bit cache with k = 1 and p = 1; nearly the plain
          one with 8 bits everywhere

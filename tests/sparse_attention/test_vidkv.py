@@ -1,4 +1,4 @@
-"""VidKV: nothing packed is the plain cache; errors of a few bits are what theory says; bytes are counted; what is packed stays."""
+"""VidKV: nothing packed is the plain cache; errors of few bits are what theory says; bytes are counted; what is packed stays."""
 
 import itertools
 import math
@@ -21,8 +21,8 @@ from minivid.sparse_attention.vidkv import Scheme, Setting, VidKV
 
 SEEDS = st.integers(0, 10_000)
 SCHEMES = [
-    Scheme(), Scheme(bits=1), Scheme(bits=4, by="token"), Scheme("sign"), Scheme("sign", mix="fft"), Scheme("sign", mix="hadamard"),
-    Scheme("sign", centred=True), Scheme("ternary"), Scheme("ternary", by="token"), Scheme("ternary", gamma=0.5, fitted=True),
+    Scheme(), Scheme(bits=1), Scheme(bits=4, by="token"), Scheme("sign"), Scheme("sign", mix="fft"),
+    Scheme("sign", mix="hadamard"), Scheme("sign", centred=True), Scheme("ternary"), Scheme("ternary", by="token"), Scheme("ternary", gamma=0.5, fitted=True),
     Scheme("ternary", fitted=True, centred=True), Scheme("sign", size=64, mix="fft", centred=True),
 ]  # fmt: skip
 FLAT = [s for s in SCHEMES if not s.mix]
@@ -51,8 +51,8 @@ def error(scheme, x):
 
 def of_size(n, **more):
     """The paper's setting in groups of n."""
-    schemes = dict(hot=Scheme(size=n), cold=Scheme("sign", size=n, mix="fft"), safe=Scheme(size=n), rest=Scheme("ternary", size=n))
-    return Setting(**(schemes | dict(residual=n) | more))
+    two, cold = Scheme(size=n), Scheme("sign", size=n, mix="fft")
+    return Setting(**(dict(hot=two, cold=cold, safe=two, rest=Scheme("ternary", size=n), residual=n) | more))
 
 
 eights = lambda n, **more: of_size(n, **{name: Scheme(bits=8, size=n) for name in ("hot", "cold", "safe", "rest")}, **more)
@@ -96,9 +96,9 @@ def test_with_k_and_p_at_1_it_is_the_2_bit_quantiser_and_at_0_all_are_ternary_an
             assert torch.equal(mine, through(scheme, x.half().float()))
 
 
-@pytest.mark.parametrize("settings", [{}, dict(k=0.25, rotated=False), dict(residual=16), dict(recent=8), dict(k=1, p=1)], ids=str)
-def test_the_contract_of_caches_holds(settings):
-    contracts.cache(lambda: VidKV(of_size(8, **settings)), gradient=False, rounds=0.02)
+@pytest.mark.parametrize("more", [{}, dict(k=0.25, rotated=False), dict(residual=16), dict(recent=8), dict(k=1, p=1)], ids=str)
+def test_the_contract_of_caches_holds(more):
+    contracts.cache(lambda: VidKV(of_size(8, **more)), gradient=False, rounds=0.02)
 
 
 # --- a group --------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,9 @@ def test_the_error_of_signs_depends_on_the_tails(name, theory):
     assert all(found[mix] == pytest.approx(1 - 2 / math.pi, abs=0.02) for mix in ("fft", "hadamard"))
 
 
-@pytest.mark.parametrize("gamma, fitted, theory", [(0.7, False, 0.278), (0.7, True, 0.192), (0.5, False, 0.263), (0.5, True, 0.213)])
+@pytest.mark.parametrize(
+    "gamma, fitted, theory", [(0.7, False, 0.278), (0.7, True, 0.192), (0.5, False, 0.263), (0.5, True, 0.213)]
+)
 def test_the_error_of_ternary_codes(gamma, fitted, theory):
     x, s = heads(1, 8, 4096), Scheme("ternary", size=4096, gamma=gamma, fitted=fitted)
     assert error(s, x) == pytest.approx(theory, abs=0.004)
@@ -325,7 +327,9 @@ def test_relevance_is_the_mean_product_with_the_words_that_are_there():
 # --- the residual ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residual, recent, sizes", [(32, 0, [1024, 1, 30, 1, 64]), (128, 0, [40, 40, 40, 40, 200]), (32, 50, [64, 20, 64])])
+@pytest.mark.parametrize(
+    "residual, recent, sizes", [(32, 0, [1024, 1, 30, 1, 64]), (128, 0, [40, 40, 40, 40, 200]), (32, 50, [64, 20, 64])]
+)
 def test_groups_are_full_and_old_codes_stay(residual, recent, sizes):
     cache, total, before = VidKV(Setting(residual=residual, recent=recent)), 0, []
     for i, n in enumerate(sizes):
@@ -334,7 +338,8 @@ def test_groups_are_full_and_old_codes_stay(residual, recent, sizes):
         total += n
         old = sum(page[2].coords.shape[-2] for page in cache.pages.get(0, []))
         new = sum(e.k.shape[2] for e in cache.kept[0])
-        assert old % 32 == 0 and old + new == total == cache.tokens and new < residual + recent + 32 and (not old or new >= recent)
+        assert old % 32 == 0 and old + new == total == cache.tokens
+        assert new < residual + recent + 32 and (not old or new >= recent)
         data = [part.data.clone() for page in cache.pages.get(0, []) for both in page[:2] for part in both.parts]
         assert all(torch.equal(a, b) for a, b in zip(before, data, strict=False))
         before = data
