@@ -22,7 +22,8 @@ from minivid.sparse_attention.vidkv import Scheme, Setting, VidKV
 SEEDS = st.integers(0, 10_000)
 SCHEMES = [
     Scheme(), Scheme(bits=1), Scheme(bits=4, by="token"), Scheme("sign"), Scheme("sign", mix="fft"),
-    Scheme("sign", mix="hadamard"), Scheme("sign", centred=True), Scheme("ternary"), Scheme("ternary", by="token"), Scheme("ternary", gamma=0.5, fitted=True),
+    Scheme("sign", mix="hadamard"), Scheme("sign", centred=True),
+    Scheme("ternary"), Scheme("ternary", by="token"), Scheme("ternary", gamma=0.5, fitted=True),
     Scheme("ternary", fitted=True, centred=True), Scheme("sign", size=64, mix="fft", centred=True),
 ]  # fmt: skip
 FLAT = [s for s in SCHEMES if not s.mix]
