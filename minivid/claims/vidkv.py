@@ -18,6 +18,7 @@ groups of 128 (of 96 where a token has no more channels), which is 2.25 to 2.33,
    colour, shape, size and count over four windows of 16 made frames. "smaller": bytes of the same cache in fp16 over those held
    when the film is over. "psnr": to the rollout with the cache in fp16, same noise, over the first four made chunks. Beside the
    paper's caches one of ours, found on other films: keys before the rotary turn, centred signs, values in 2 bits, groups of 256.
+   "Latest chunk in fp16" packs only what is older, as KIVI does. Another noise says how far apart two films in fp16 are.
    VDE-Subject takes 1 - colour error of the body over ten parts of a film, VDE-Clarity its gradient energy.
 A seed is another set of clips, questions, films and noises.
 """
@@ -288,6 +289,7 @@ KIVI = dict(by="token", size=128)
 ROLLS = {
     "fp16": dict(fp16=True), "another noise": dict(fp16=True, other=50), "1.5/1.58": PAPER,
     "1.5/1.58, groups of 64": PAPER | dict(size=64), "1.5/1.58, before": PAPER | dict(size=64) | BEFORE, "KIVI 2/2": KIVI,
+    "1.5/1.58, latest chunk in fp16": PAPER | dict(size=64, recent=64),
     "KIVI 2/2, before": KIVI | BEFORE, "uniform 2/2": KIVI | dict(keys="token"), "2/2, before": dict(size=128) | BEFORE,
     "ours": OURS,
 }  # fmt: skip

@@ -213,7 +213,7 @@ class Setting:
     hot, cold: schemes of anomalous and normal key channels; safe, rest: of the values of protected and other tokens
     select:   what makes a channel anomalous, one of SELECTORS
     residual: tokens that wait in fp16 until they are as many; then all whole groups are packed
-    recent:   the latest tokens, which always stay in fp16
+    recent:   the latest tokens, which always stay in fp16 (KIVI's residual; the paper packs all of it when it is full)
     rotated:  keys are packed after the rotary turn
     """
 

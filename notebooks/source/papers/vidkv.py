@@ -132,7 +132,7 @@ alt = "Sizes of the keys of the first layer: a few bright rows; transformed, oth
 plots.figure(surface, (8.2, 3.4), "key surface", alt, (1, 2))
 
 # %% [markdown]
-# Rows: a channel is large or small in *all* tokens (two rows of each head trade places, slowly: the rotary turn). A scale for a
+# Rows: a channel is large or small in *all* tokens (two rows of a head trade places, slowly: the rotary turn). A scale for a
 # channel fits; a scale for a token fits nobody. The transform spreads a bright row over the 32 of its head.
 #
 # ## The idea
@@ -213,7 +213,8 @@ play.knobs(normal, settled=settled, layer=play.IntRange(0, 5, 0), k=play.Choice(
 # ## Which tokens matter to a question?
 #
 # Now another model: `qa` watches 16 frames, 1,024 visual tokens, and then answers a question. VidKV protects the fifth of the
-# tokens whose *embeddings* agree most with those of the question's words. Choose a question: outlined is what is protected.
+# tokens whose *embeddings* agree most with those of the question's words. Choose a question: outlined is what is protected, in
+# every fourth frame.
 
 # %% tags=["nbval-ignore-output"]
 qa, asked_of = weights.load("qa"), world.draw(8000, 3, "many", "held-out")
