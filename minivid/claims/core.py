@@ -15,7 +15,10 @@ shapes. Three quarters of the heads of `frames` do with one window, if what coun
 varies in it, nearly half do. `block` gives every returning body the colour that it had, and with the scene out of its cache one
 in nine, as by guessing; its shapes, 81 of 100, are as `tok-f` shows them. After 32 chunks, four times what it was trained on,
 nothing has blurred and 76 of 100 chunks show the one body that was told, where 80 were asked for: 85 do in the first eight, and
-bodies that leave the frame come back as smears. How all got here stands in docs/log.md.
+bodies that leave the frame come back as smears. `tok-q` draws the world at 31.3 dB with codes of 8 bits, 0.7 less than asked;
+250 of its 256 codes are in use. `codes` says a code of a held-out clip, rows of eight at once, with 1.1 bits, where its
+frequency alone would take 6.6; leaving the caption out costs 7 % more, so most of it is said by the frames before. How all got
+here stands in docs/log.md.
 """
 
 import math

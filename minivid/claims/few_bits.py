@@ -1,11 +1,11 @@
 """Chapter 06 in one table: clips of `video` by every way of the chapter that spends 8, 6, 5, 4, 3 or 2 bits on a weight.
 
 Quantised are the matrices of the six blocks and the time modulation that they share (1.47 M weights); activations stay in
-float32, but in QuantVGGT's and QVGen's arms, where the inputs of these layers have 8 bits a token. Every model is measured as it
-is stored, with packed layers: "bits" are all bits a weight that these keep, codes, steps, offsets, codebooks, biases. "psnr" is in dB to the float model's clips from the
-same noise (24 held-out captions, 20 steps), "colour", "shape" and "motion" are the shares in which the judge reads back what
-was asked for, "follows" their mean, "error" is |y - y'|^2 / |y|^2 of the model's outputs on noisy held-out clips. A seed is
-another set of captions, noises and calibration clips.
+float32, but in QuantVGGT's and QVGen's arms, where the inputs of these layers have 8 bits a token. Every model is measured as
+it is stored, with packed layers: "bits" are all bits a weight that these keep, codes, steps, offsets, codebooks, biases. "psnr"
+is in dB to the float model's clips from the same noise (24 held-out captions, 20 steps), "colour", "shape" and "motion" are the
+shares in which the judge reads back what was asked for, "follows" their mean, "error" is |y - y'|^2 / |y|^2 of the model's
+outputs on noisy held-out clips. A seed is another set of captions, noises and calibration clips.
 
 Nearest: a grid as wide as the weights, for a row or for 32 weights of a row; "clipped": a row's, its ends cut off where that
 lowers the error. GPTQ: that clipped grid, block after block, each seeing what the quantised ones before it say of 64 clips;
@@ -13,11 +13,11 @@ lowers the error. GPTQ: that clipped grid, block after block, each seeing what t
 search on 512 inputs (three bits only: it takes the longest). HAWQ-V3: 2, 3, 4, 6 or 8 bits a layer by curvature (32 probes, 16
 clips; q, k, v alike), the mean as given, one budget; one symmetric grid a row, nearest ("symmetric": that grid, the same bits
 everywhere); "floor": no trace counts less than a quarter of the median of the positive ones. QuantVGGT: rotated, then smoothed,
-to the nearest; nothing learnt. VQ4DiT: at 2, 4 and 8 bits 256 codewords of 4, 2 and 1 weights, at 6 bits 64 of one, a codebook a
-role, at 3 bits 64 pairs, a codebook a layer, all calibrated as in its own claim at 2 bits. QVGen: trained 400 steps with the rounding on, helpers of rank 16 that fade;
-"trained" is the same without helpers; learning rates of both, 3e-4, 1e-3 and 3e-3 at 4, 3 and 2 bits, are the best of two or
-three on seed 99. ShiftAddViT: powers of two in 5 bits, 300 steps of its distillation; its attention by additions would be
-another model, and is left out.
+to the nearest; nothing learnt. VQ4DiT: at 2, 4 and 8 bits 256 codewords of 4, 2 and 1 weights, at 6 bits 64 of one, a codebook
+a role, at 3 bits 64 pairs, a codebook a layer, all calibrated as in its own claim at 2 bits. QVGen: trained 400 steps with the
+rounding on, helpers of rank 16 that fade; "trained" is the same without helpers; learning rates of both, 3e-4, 1e-3 and 3e-3 at
+4, 3 and 2 bits, are the best of two or three on seed 99. ShiftAddViT: powers of two in 5 bits, 300 steps of its distillation;
+its attention by additions would be another model, and is left out.
 
 Outcome: down to four bits the model follows captions as before (91 to 94 of 100; the float model 92), by whatever way but
 HAWQ-V3's. Below, asking what the layer says is what counts: GPTQ is 4.3 dB nearer than the nearest values on the same grid, at
