@@ -25,12 +25,12 @@ four bits and at three, where it still follows 89 of 100 captions and they 84 (o
 worth 0.8 dB of it, at two bits 4. A grid for 32 weights loses 3 dB to a grid a row with one bit more a code, which stores as
 much. DMMV's worst-case codes are no better than those of GPTQ, from which they began. At two bits nothing comes near to
 training while it rounds: 20.2 dB, after 400 steps without any helper; with helpers that fade it is 3 dB less, at three bits
-too. VQ4DiT, which sees no clips, has 19.3, GPTQ 17.3, with tuned steps 18.1, the nearest 9; its calibration is for few bits: with 8 it
-leaves 32 dB, where the nearest have 50. Bits shared out by curvature lose
-2.9 dB to four bits for all at the same error of single outputs. 1.9 of that is the symmetric grid; the rest is traces near
-zero, for which layers get two bits as if these cost nothing: with a floor under them it is level with four bits on the
-symmetric grid. Rotating and smoothing bring nothing on average (this model has no giants, and its inputs have 8 bits besides).
-Powers of two lose 10 dB to as many bits on an even grid, with all their training.
+too. VQ4DiT, which sees no clips, has 19.3, GPTQ 17.3, with tuned steps 18.1, the nearest 9; its calibration is for few bits:
+with 8 it leaves 32 dB, where the nearest have 50. Bits shared out by curvature lose 2.9 dB to four bits for all at the same
+error of single outputs. 1.9 of that is the symmetric grid; the rest is traces near zero, for which layers get two bits as if
+these cost nothing: with a floor under them it is level with four bits on the symmetric grid. Rotating and smoothing bring
+nothing on average (this model has no giants, and its inputs have 8 bits besides). Powers of two lose 10 dB to as many bits on
+an even grid, with all their training.
 """
 
 import copy
