@@ -77,7 +77,7 @@ def tokens(seed, fast):
 
     "likely": negative log-likelihood under teacher forcing, rows of eight at once; "unread": with the captions left out
     """
-    n, tok, model = 8 if fast else 128, weights.load("tok-q"), weights.load("codes")
+    n, tok, model = 2 if fast else 128, weights.load("tok-q"), weights.load("codes")
     asked = scenes("base", n, 2000 + seed, "held-out")
     codes = codes_of(tok, bytes_of(world.batch(asked, 32, 16)), 8).long()
     share = torch.bincount(codes.flatten(), minlength=256) / codes.numel()

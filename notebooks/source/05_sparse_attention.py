@@ -252,6 +252,22 @@ show.lines(curves, "attention's FLOPs, % of dense", "PSNR to the dense clip, dB"
 # takes 2.6 times as long as dense attention on our processor, where the searched model takes a third. What is fixed
 # beforehand can be fast.
 #
+# ## When the past is in memory
+#
+# A model that goes on and on can't compute all pairs anew: it keeps the keys and values of the past, and the question becomes
+# which of them to *fetch*. [LouisKV](papers/louiskv.ipynb) looks only when the query turns, and then takes whole units of tokens.
+# Here on `codes`, which says a film row by row (64 tokens of up to 1,024 may be fetched), beside a clock:
+
+# %% tags=["nbval-ignore-output"]
+fetched = claims.read("louiskv")["arms"]
+mean = lambda arm, metric: fmean(fetched[arm]["values"][metric])
+rules = {"when the query turns": "turns", "each layer by its own limit": "turns, own tau", "by a clock": "stride"}
+curves = {name: ([mean(f"{rule}, {n}", "moved") for n in (16, 8, 4, 2)], [mean(f"{rule}, {n}", "kl") for n in (16, 8, 4, 2)])
+          for name, rule in rules.items()}  # fmt: skip
+curves["at every row"] = [mean("always", "moved")], [mean("always", "kl")]
+show.lines(curves, "kilobytes moved for a row", "nats a code from reading all", "When to look back", log="x")
+
+# %% [markdown]
 # ## The papers of this chapter
 
 # %% tags=["nbval-ignore-output"]
@@ -264,4 +280,5 @@ Markdown(papers.listed(asks))
 # ## Where next
 #
 # * [Sparse-vDiT](papers/sparse-vdit.ipynb): the search, the kernels that make a skipped pair cost nothing, and the claim.
+# * [LouisKV](papers/louiskv.ipynb): see what each row of a film asks the past for, and when it turns.
 # * [00 · Start](00_start.ipynb): the same kind of model, from its first line.
