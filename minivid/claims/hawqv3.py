@@ -27,8 +27,8 @@ simulation in float32 is itself off in up to 0.1 %. After 200 steps on their gri
 `video` they cost 17 % less loss than 4 bits everywhere under the same three budgets, 5 % less than the program fed with
 measured rises and 6 % less than the greedy search; without curvature the program finds nothing better than 4 bits everywhere.
 Random allocations lose by far, even the luckiest of 200, so they are no rival. On the small generators the gain over 4 bits
-everywhere is lost in the draws (-2 to 10 %). Ranks of predicted and true rise agree to 0.50 on `video`, where 0.7 was asked
-for, and to 0.90 on the small generators.
+everywhere is lost in the draws (-3 to 7 %). Ranks of predicted and true rise agree to 0.50 on `video`, where 0.7 was asked
+for, and to 0.89 on the small generators.
 """
 
 import copy
