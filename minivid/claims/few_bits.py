@@ -287,6 +287,8 @@ ARMS = {
     **{f"vq4dit, {bits}": Arm(codewords, [*FILES, PAPERS + "vq4dit.py"], bits=bits) for bits in BOOKS},
     **{f"{how}, {bits}": Arm(trained, [*FILES, PAPERS + "qvgen.py", "minivid/claims/qvgen.py"], bits=bits, rank=rank)
        for bits in (4, 3, 2) for how, rank in (("trained", 0), ("qvgen", 16))},
+    **{f"qvgen, {bits}": Arm(trained, [*FILES, PAPERS + "qvgen.py", "minivid/claims/qvgen.py"], bits=bits, rank=16)
+       for bits in (8, 6)},
     "shiftaddvit, 5": Arm(shifted, [*FILES, PAPERS + "shiftaddvit.py", "minivid/claims/shiftaddvit.py"]),
 }
 

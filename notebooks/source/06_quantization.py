@@ -431,8 +431,8 @@ show.bars(bars, "error of the model's output (a dot a seed)", "Shifts and sums")
 #
 # The same caption from the same noise, by every way of this chapter, with a grid a row where nothing else is said; for HAWQ-V3
 # the bits are those of a code on average.
-# **Turn the frame.** What has no picture wasn't made: training and tuning are for few bits, powers of two have five, and DMMV's
-# search takes ten minutes each time. With 8 and 2 bits on average HAWQ-V3 has no choice left; VQ4DiT's codewords are single
+# **Turn the frame.** What has no picture wasn't made: plain training and tuning are for few bits, powers of two have five, and
+# DMMV's search takes ten minutes each time. With 8 and 2 bits on average HAWQ-V3 has no choice left; VQ4DiT's codewords are single
 # weights at 8 and 6 bits, pairs at 4 and 3, fours at 2.
 
 # %%
@@ -440,7 +440,7 @@ stills, _ = weights.read("06_quantization.safetensors")
 blank = torch.full((3, 32, 32), 255, dtype=torch.uint8)
 order = (8, 6, 5, 4, 3, 2)
 methods = {"nearest": "nearest", "nearest, a group of 32": "groups of 32", "gptq": "GPTQ", "gptq, tuned": "GPTQ, tuned",
-           "dmmv": "DMMV", "hawqv3": "HAWQ-V3", "quantvggt": "QuantVGGT", "shiftaddvit": "powers of two", "vq4dit": "VQ4DiT",
+           "dmmv": "DMMV", "hawqv3": "HAWQ-V3", "quantvggt": "QuantVGGT", "shiftaddvit": "powers of 2", "vq4dit": "VQ4DiT",
            "trained": "trained", "qvgen": "QVGen"}  # fmt: skip
 
 

@@ -308,8 +308,8 @@ show.lines(curves, "looks a row", "KL to the full cache, nats a code", "When to 
 
 # %% [markdown]
 # A clock wins. What a row wants moves on at every row, and the row that it wants most, the same one of the frame before, has
-# just left the buffer: there is no thought here within which the queries want the same. A limit for each layer helps, since one for
-# all lets layer 0 look nearly always and the middle layers never.
+# just left the buffer: there is no thought here within which the queries want the same. A limit for each layer helps, since one
+# for all lets layer 0 look nearly always and the middle layers never.
 #
 # And by what is fetched, looking at every row: from the prompt alone, or from what was generated alone.
 
@@ -324,9 +324,9 @@ show.bars(bars, "KL to the full cache, nats a code (a dot a seed)", "What to fet
 show.verdict("louiskv")
 
 # %% [markdown]
-# Pages win as well: what stands side by side on the raster stands side by side in the picture. In films of `block`, where one look
-# serves all denoising steps of a chunk and what is wanted are whole chunks, a returning scene gets its colour back while a
-# sixtieth of the bytes is moved.
+# Pages win as well: what stands side by side on the raster stands side by side in the picture. In films of `block`, where one
+# look serves all denoising steps of a chunk and what is wanted are whole chunks, a returning scene gets its colour back while
+# a sixtieth of the bytes is moved.
 #
 # The authors work with language models of 8 billion weights, where keys lie in the memory of another processor: there, retrieval
 # is two thirds of the time, and looking only at turns brings most of their speed-up of 2 to 5. Ours is a processor that reads
