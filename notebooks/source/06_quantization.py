@@ -432,8 +432,8 @@ show.bars(bars, "error of the model's output (a dot a seed)", "Shifts and sums")
 # The same caption from the same noise, by every way of this chapter, with a grid a row where nothing else is said; for HAWQ-V3
 # the bits are those of a code on average.
 # **Turn the frame.** What has no picture wasn't made: plain training and tuning are for few bits, powers of two have five, and
-# DMMV's search takes ten minutes each time. With 8 and 2 bits on average HAWQ-V3 has no choice left; VQ4DiT's codewords are single
-# weights at 8 and 6 bits, pairs at 4 and 3, fours at 2.
+# DMMV's search takes ten minutes each time. With 8 and 2 bits on average HAWQ-V3 has no choice left; VQ4DiT's codewords are
+# single weights at 8 and 6 bits, pairs at 4 and 3, fours at 2.
 
 # %%
 stills, _ = weights.read("06_quantization.safetensors")

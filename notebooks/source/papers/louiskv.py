@@ -58,6 +58,7 @@ said = Cond(text=text.tokens([world.caption(scene)], 48))
 ROW, FRAME, KNOWN = 8, 64, 8
 
 
+# %%
 @torch.no_grad()
 def listen(cache, rows=64):
     """The model hears the true codes, row by row after the prompt, through a cache. Returns log-probabilities `rows K 8`."""
@@ -131,6 +132,8 @@ class Watching(Cache):
 
 
 _ = listen(Watching())
+
+# %% tags=["nbval-ignore-output"]
 prompt = KNOWN * FRAME + ROW
 best = torch.stack([torch.stack([F.one_hot(row[:, :prompt].topk(64).indices, prompt).sum(1) for row in asked[layer]])
                     for layer in range(4)]).float()  # fmt: skip
