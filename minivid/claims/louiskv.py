@@ -313,6 +313,42 @@ def returning(seed, fast, cache):
     )
 
 
+class Clock(LouisKV):
+    """In films: looks at every so-manyth read from a phase on, or (0) at the first read of every block; chance: at random."""
+
+    def __init__(self, every: int, phase: int = 0, chance: float = 0.0):
+        self.every, self.phase, self.chance, self.seen = every, phase, chance, {}
+        super().__init__(128, 0.7, 0, 64, 64, 64)
+
+    def looks(self, layer, turned):
+        step = len(self.memory[layer].looked)
+        if self.chance:
+            return torch.rand(len(turned), generator=torch.Generator().manual_seed(13 * step + layer + self.phase)) < self.chance
+        if self.every:
+            return torch.full_like(turned, (step + self.phase) % self.every == 0)
+        before, self.seen[layer] = self.seen.get(layer), self.block
+        return torch.full_like(turned, before != self.block)
+
+
+def clocked(seed, fast, every, chance=0.0):
+    """`returning` with a clock; over three phases where it has one."""
+    found = []
+    for phase in (0, 4, 8) if every or chance else (0,):
+        held = []
+        films.CACHES["asked"] = lambda phase=phase, held=held: held.append(Clock(every, phase, chance)) or held[-1]
+        one = films.recall(seed, fast, "asked")
+        found.append({"body": one["body"], "moved": sum(x.moved for x in held) / 1e6 / (1 if fast else 24),
+                      "rate": sum(x.rate for x in held) / len(held)})  # fmt: skip
+    return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+
+
+def buffered(seed, fast, when, every, own=False):
+    """`looking` with a buffer of two frames."""
+    _, known, frames = sizes(fast)
+    tau = turning(fast, every, True, own)
+    return apart(seed, fast, rival(fast, when=when, every=every, tau=tau, seed=seed, local=2 * BUFFER), known, frames)
+
+
 # --- what is decided before the run -------------------------------------------------------------------------------------
 
 FILES = [f"minivid/{name}" for name in ("sparse_attention/louiskv.py", "weights/codes.safetensors", "weights/tok-q.safetensors")]
@@ -331,6 +367,12 @@ ARMS = {
     **{f"output: {units}": Arm(grouped_by, FILES, part="output", units=units) for units in OUTPUT},
     "speed": Arm(speed, FILES),
     **{f"returns: {cache}": Arm(returning, BLOCK, cache=cache) for cache in ROLLS},
+    # added after the first run, so they don't count
+    "returns: clock": Arm(clocked, BLOCK, every=11), "returns: random": Arm(clocked, BLOCK, every=0, chance=0.09),
+    "returns: at every block": Arm(clocked, BLOCK, every=0),
+    "turns, own tau, 4, two frames": Arm(buffered, FILES, when="turns", every=4, own=True),
+    "stride, 4, two frames": Arm(buffered, FILES, when="stride", every=4),
+    "always, two frames": Arm(buffered, FILES, when="always", every=1),
 }
 
 
@@ -353,6 +395,7 @@ CLAIMS = Claims(
           for how in ("turns with places", "turns, own tau", "turns with places, own tau") for every in RATES),
         *(nearer(f"turns, {every}", "always", False, -0.1) for every in RATES),
         # 3: what to fetch
+        nearer("turns, own tau, 4, two frames", "stride, 4, two frames", False),
         nearer("prompt: clusters", "prompt: pages"), nearer("prompt: clusters", "prompt: bounds"),
         nearer("output: segments", "output: pages"), nearer("output: segments", "output: bounds"),
         nearer("output: segments", "output: clusters"),
@@ -360,6 +403,8 @@ CLAIMS = Claims(
         Floor("reading is faster than Quest's at every row", "ratio", "speed", at_least=2.0),
         # 4: in films
         Compare("a returning body has its colour", "body", "returns: louiskv", "returns: window", 0.3, False, True),
+        Compare("turning against a clock", "body", "returns: louiskv", "returns: clock", 0.0, False, True, counts=False),
+        Compare("turning against chance", "body", "returns: louiskv", "returns: random", 0.0, False, True, counts=False),
         Compare("as if all were read", "body", "returns: louiskv", "returns: full", -0.2, False, True, counts=False),
     ],
     minutes=15,
