@@ -22,17 +22,22 @@ its "own".
 A seed is another set of 8 films (24 in 4).
 
 Outcome: the premise is missing in rows of codes. A row wants what the same row of the frame before wanted (0.60 shared, and
-still 0.41 two frames back) more than what the row above wants (0.44), and that row has just left the buffer. So there is no
-thought within which neighbours want the same: what is wanted moves on at every row, and a clock that looks as often is nearer
-to the full cache than looking when the query turns, by 16 to 160 % (and so is looking at random). A part of it is the single
-limit: the first layer agrees with itself so little, and the middle ones so well, that the first looks nearly always and those
-never. With a limit each it comes near the curve of the clock: queries of held-out films turn less often than those that tau was
-taken from, and at the rate that it really has it is level with the clock or a tenth behind. Cuts don't turn queries more than
-any frame's first row does. What to fetch: pages beat clusters and segments, as neighbours on the raster are neighbours in the
-picture; single tokens are best, and five times as much to compare. Reading takes twice as long as Quest's: at 1,024 tokens in
-fast memory a handful of small tensor operations costs more than what they save. In films of `block` it works: a scene that
-returns gets its colour back (error 0.08; window 0.43, all of the past 0.04) while a sixtieth of the past is moved, as there a
-look serves all steps of a chunk, and what is wanted are whole chunks.
+still 0.41 two frames back) more than what the row above wants (0.44), so there is no thought within which neighbours want the
+same. A clock is nearer to the full cache than looking when the query turns. Held-out queries turn less often than those that
+tau was taken from, so at the rates that are really reached, between the clock's points: by 22 to 125 %. A part of it is the
+single limit: the first layer agrees with itself so little, and the middle ones so well, that the first looks nearly always and
+those never. With a limit each it is level with the clock to 13 % behind. Cuts don't turn queries more than any frame's first
+row does. All of this is hardest for a buffer of just one frame, which the most wanted row has just left: with two frames all
+are three times nearer to the full cache, in the same order.
+
+What to fetch: pages beat clusters and segments, as neighbours on the raster are neighbours in the picture; single tokens are
+best, and three to five times as much to compare. LouisKV's reads take twice as long as Quest's, of twice as many tokens (sink
+and buffer are copied at every step): in memory that is fast, that costs more than looking less often saves.
+
+In films of `block` turning works: a scene that returns gets its colour back (error 0.08; window 0.43, all of the past 0.04),
+where a clock that looks oftener leaves 0.16 and chance 0.28. The layers turn at the first step of a chunk, and a clock that
+knows where chunks begin is as good as always, at half of its bytes. What is fetched is a sixteenth of what looking at every
+step fetches ("moved" counts all that is read of `full` and `window`, so it can't be compared with theirs).
 """
 
 import time

@@ -269,8 +269,8 @@ curves["at every row"] = [mean("always", "moved")], [mean("always", "kl")]
 show.lines(curves, "kilobytes moved for a row", "nats a code from reading all", "When to look back", log="x")
 
 # %% [markdown]
-# Reading all of it would move some 1,500 kilobytes a row. In rows of codes a clock does as well as any turning; in films of
-# chunks, as the lesson shows, a look when the query turns is enough for a sixtieth of the bytes.
+# Reading all of it would move some 1,500 kilobytes a row. In rows of codes a clock does better than turning; in films of chunks,
+# as the lesson shows, it is the other way round.
 #
 # ## The papers of this chapter
 
