@@ -44,6 +44,17 @@ def test_padding_is_not_read_and_words_and_pixels_are():
     torch.testing.assert_close(model(CLIP[:1], None, Cond(text=ONE[:1])), first[:1], atol=1e-5, rtol=1e-4)
 
 
+def test_frames_keep_their_numbers():
+    model, long = small(), torch.rand(1, 3, 8, 8, 8) * 2 - 1
+    tokens, where = model.see(long)
+    some, at = model.see(long[:, :, 1::3], 1, 3)  # frames 1, 4, 7
+    chosen = (where.coords[0, :, 0] % 3) == 1
+    assert torch.equal(at.coords, where.coords[:, chosen]) and torch.equal(some, tokens[:, chosen])
+    cache, other = Cache(), Cache()
+    model.watch(long[:, :, :2], cache), model.watch(long[:, :, :2], other, 0, 4)
+    assert not torch.allclose(model.answer(ONE[:1], cache), model.answer(ONE[:1], other), atol=1e-5)
+
+
 def test_an_empty_cache_is_refused():
     with pytest.raises(ValueError, match="watch"):
         small()(None, None, Cond(text=ONE), Cache())

@@ -7,6 +7,8 @@ question, so their keys and values are computed once, kept in a cache, and serve
 `answer`). That cache is the large thing in memory, which is why it is worth compressing.
 """
 
+from dataclasses import replace
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -45,13 +47,15 @@ class Answerer(nn.Module):
             raise ValueError("without a clip there must be a cache that has seen one: call watch(clip, cache) first")
         return self.answer(cond.text, cache)
 
-    def see(self, clip: Tensor) -> tuple[Tensor, Where]:
-        """The visual tokens `b n d` and their places."""
+    def see(self, clip: Tensor, start: int = 0, every: int = 1) -> tuple[Tensor, Where]:
+        """The visual tokens `b n d` and their places; the clip's frames are number start, start + every, ... of what happens."""
         p = self.patch
         check_clip(clip, p)
         f, h, w = clip.shape[2], clip.shape[3] // p, clip.shape[4] // p
         patches = rearrange(clip, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p)
-        return self.project(patches), grid(f, h, w, device=clip.device)
+        where = grid(f, h, w, device=clip.device)
+        at = where.coords * torch.tensor([every, 1, 1], device=clip.device) + torch.tensor([start, 0, 0], device=clip.device)
+        return self.project(patches), replace(where, coords=at)
 
     def hear(self, question: Int[Tensor, "b l"]) -> tuple[Tensor, Where]:
         """The slot and the words of the question, `b 1+l d`, and their places."""
@@ -61,9 +65,9 @@ class Answerer(nn.Module):
         block = torch.cat([torch.ones_like(question[:, :1]), 1 + (question == PAD).long()], 1)
         return vectors, Where(coords, block)
 
-    def watch(self, clip: Float[Tensor, "b 3 f h w"], cache) -> None:
-        """Fill the cache with the keys and values of the clip (block 0)."""
-        tokens, where = self.see(clip)
+    def watch(self, clip: Float[Tensor, "b 3 f h w"], cache, start: int = 0, every: int = 1) -> None:
+        """Fill the cache with the keys and values of the clip (block 0). start, every: numbers of its frames, see `see`."""
+        tokens, where = self.see(clip, start, every)
         cache.open(0, Cond())
         cache.writing = True
         self.trunk(tokens, Context(where, cache=cache))
