@@ -137,7 +137,7 @@ class Kept(Cache):
     @property
     def held(self) -> float:
         """Bytes stored; in fp16 what isn't packed."""
-        return self.store.nbytes if self.store else Cache.nbytes.fget(self) / 2
+        return self.store.nbytes if self.store else sum(2 * (e.k.numel() + e.v.numel()) for e in sum(self.kept.values(), []))
 
     def brought(self, layer: int, tokens: float) -> None:
         """So many tokens of a head came in, each in as many bytes as it has in store."""
