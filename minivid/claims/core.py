@@ -35,6 +35,7 @@ from minivid.core.sample import generate
 from minivid.lab.claims import Arm, Claims, Floor
 from minivid.training.tokenizers import answers
 from minivid.training.tokens import codes_of
+from minivid.world import questions
 from minivid.world.clips import natural_crops
 from minivid.world.judge import judge, read_many, score
 from minivid.world.scores import psnr, sharpness
@@ -189,6 +190,7 @@ CLAIMS = Claims(
         "tok-f": Arm(reconstruct, files=["minivid/weights/tok-f.safetensors"], name="tok-f", frames=16),
         "tok-q": Arm(reconstruct, files=["minivid/weights/tok-q.safetensors"], name="tok-q", frames=16),
         "codes": Arm(tokens, files=["minivid/weights/tok-q.safetensors", "minivid/weights/codes.safetensors"]),
+        "qa": Arm(questioned, files=["minivid/weights/qa.safetensors"]),
         "feat-a": Arm(recognise, files=["minivid/weights/feat-a.safetensors"], name="feat-a"),
         "feat-b": Arm(recognise, files=["minivid/weights/feat-b.safetensors"], name="feat-b"),
         "video": Arm(follow, files=["minivid/weights/video.safetensors", "minivid/weights/tok-v.safetensors"], name="video"),
@@ -213,6 +215,7 @@ CLAIMS = Claims(
         Floor("tok-q draws the world", "world", "tok-q", at_least=32.0),
         Floor("tok-q uses its codes", "used", "codes", at_least=200),
         Floor("codes: a code is half guessed", "likely", "codes", at_most=0.5),
+        Floor("qa answers", "right", "qa", at_least=0.95),
         Floor("video: colours", "colour", "video", at_least=0.95),
         Floor("video: shapes", "shape", "video", at_least=0.90),
         Floor("video: directions", "motion", "video", at_least=0.85),

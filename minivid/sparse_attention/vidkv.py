@@ -11,9 +11,9 @@ Differs: everything is packed and appended; the authors' code keeps 2-bit fields
          residual fills. 1-bit codes mean -s and s, and the transform is packed into as many reals (their code keeps both parts
          of all bins, twice as many). The list of channels is each sample's own, as our samples mustn't know of each other.
          Inferred: lists are taken when a cache first packs; "outliers" are numbers beyond three times the layer's mean size; the
-         protected tokens are a whole number of groups, so p = 0.2 of 1,024 is 6 groups; words and patches meet in the width of
-         `qa`, as in the paper, but nothing was trained to make their products mean anything. Keys are packed after the rotary
-         turn as in the paper; before it, with `rotated` off
+         protected tokens are a whole number of groups, so p = 0.2 of 1,024 is 6 groups; patches of `qa` were taught to agree with
+         the words for their body's colour and shape, as large models' eyes are by their training. Keys are packed after the
+         rotary turn as in the paper; before it, with `rotated` off
 
     n bits   x' = s code + z       z = min, s = (max - min) / (2^n - 1), both fp16
     1 bit    X' = +-s              s = mean |X|, X a transform of the token's normal channels

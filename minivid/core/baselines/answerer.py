@@ -4,7 +4,8 @@
 
 What is unusual here: 1,024 visual tokens (16 frames x 8 x 8 patches of 4 x 4 pixels) come first and can't see the
 question, so their keys and values are computed once, kept in a cache, and serve every question (`watch`, then
-`answer`). That cache is the large thing in memory, which is why it is worth compressing.
+`answer`). That cache is the large thing in memory, which is why it is worth compressing. Before the trunk an eye of two
+small convolutions looks at each patch's neighbours in its frame.
 """
 
 from dataclasses import replace
