@@ -90,6 +90,24 @@ def tokens(seed, fast):
             "unread": (bits(text.tokens([""] * n, 48)) / alone).item()}  # fmt: skip
 
 
+@torch.no_grad()
+def questioned(seed, fast):
+    """Share of right answers of `qa` about held-out clips of three recipes: of all, and by kind of question (see `questions`)."""
+    model, right = weights.load("qa"), {}
+    for recipe in ("base", "two", "many"):
+        some, cache = scenes(recipe, 4 if fast else 64, 4000 + seed, "held-out"), Cache()
+        model.watch(world.batch(some, 32, 16), cache)
+        for number in range(2 if fast else 4):
+            pairs = [questions.ask(scene, number) for scene in some]
+            said = model.answer(text.tokens([q for q, _ in pairs], 8), cache).argmax(-1)
+            true = text.tokens([a for _, a in pairs], 1)[:, 0]
+            for scene, pair, ok in zip(some, pairs, said == true, strict=True):
+                kind = next(kind for kind, such in questions.questions(scene).items() if pair in such)
+                right.setdefault(kind, []).append(ok.item())
+    share = lambda some: sum(some) / len(some)
+    return {"right": share(sum(right.values(), []))} | ({} if fast else {kind: share(x) for kind, x in sorted(right.items())})
+
+
 def follow(seed, fast, name):
     """Shares of what the judge reads back from clips of held-out captions, and of changed words that changed their thing."""
     n, model = 8 if fast else 128, weights.load(name)

@@ -236,8 +236,9 @@ three = [dict(question=question) for question in list(pairs)[:3]]
 play.knobs(protected, settled=three, question=play.Choice(list(pairs)))
 
 # %% [markdown]
-# Nothing has taught these products to mean anything: in a large model images are projected into the words' space, here the two
-# only share their width. What that is worth is measured below.
+# These products mean something: `qa`'s eye was taught to make patches agree with the words for their body's colour and shape,
+# as the eyes of large models are by their training. But of the question's words only one or two name anything that can be seen.
+# What protecting is worth is measured below.
 #
 # ## The knobs of the paper: k and p
 #
