@@ -84,7 +84,7 @@ def _tagged(job) -> np.ndarray:
     return (words[which] * (cover > 0.3)[..., None]).byte().numpy()
 
 
-GLANCES = 3200  # steps that see every fourth frame; the steps after them see all frames of a quarter of the clips
+GLANCES = 1400  # steps that see every fourth frame; the steps after them see all frames of a quarter of the clips
 
 
 def asked(batch: int, recipes: dict[str, int] = ASKED) -> Callable:
@@ -133,5 +133,5 @@ def answer_right(model, batch, generator) -> dict[str, Tensor]:
 
 RECIPES = {
     "codes": Recipe("tokens", dict(codes=256), coded(16), next_block, 1800, 3e-3, 16, muon=1e-2),
-    "qa": Recipe("answerer", {}, asked(64), answer_right, 3500, 3e-3, 64, muon=1e-2),
+    "qa": Recipe("answerer", {}, asked(64), answer_right, 1600, 3e-3, 64, muon=1e-2),
 }
