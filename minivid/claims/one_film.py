@@ -249,7 +249,7 @@ CLAIMS = Claims(
         Compare("all three move a hundredth", "moved", "all three", "all of it", 0.99, False, True),
         Floor("all three don't blur", "sharp", "all three", at_least=0.7),
     ],
-    sources=USES[len(FILES) :],
+    sources=["minivid/claims/vidkv.py", *USES[len(FILES) :]],
     seeds=(1, 2, 3),
     minutes=10,
 )
