@@ -17,8 +17,8 @@ in nine, as by guessing; its shapes, 81 of 100, are as `tok-f` shows them. After
 nothing has blurred and 76 of 100 chunks show the one body that was told, where 80 were asked for: 85 do in the first eight, and
 bodies that leave the frame come back as smears. `tok-q` draws the world at 31.3 dB with codes of 8 bits, 0.7 less than asked;
 250 of its 256 codes are in use. `codes` says a code of a held-out clip, rows of eight at once, with 1.1 bits, where its
-frequency alone would take 6.6; leaving the caption out costs 7 % more, so most of it is said by the frames before. How all got
-here stands in docs/log.md.
+frequency alone would take 6.6; leaving the caption out costs 7 % more, so most of it is said by the frames before. `qa` answers
+nearly every question about held-out clips (one wrong of 2,304). How all got here stands in docs/log.md.
 """
 
 import math

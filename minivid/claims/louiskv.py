@@ -31,8 +31,9 @@ row does. All of this is hardest for a buffer of just one frame, which the most 
 are three times nearer to the full cache, in the same order.
 
 What to fetch: pages beat clusters and segments, as neighbours on the raster are neighbours in the picture; single tokens are
-best, and three to five times as much to compare. LouisKV's reads take twice as long as Quest's, of twice as many tokens (sink
-and buffer are copied at every step): in memory that is fast, that costs more than looking less often saves.
+best, and three to five times as much to compare. LouisKV's reads take twice as long as Quest's that fetch as many tokens, and
+half as long again as Quest's that read as many (sink and buffer are copied at every step): in memory that is fast, that costs
+more than looking less often saves.
 
 In films of `block` turning works: a scene that returns gets its colour back (error 0.08; window 0.43, all of the past 0.04),
 where a clock that looks oftener leaves 0.16 and chance 0.28. The layers turn at the first step of a chunk, and a clock that

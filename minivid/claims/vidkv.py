@@ -22,6 +22,19 @@ groups of 128 (of 96 where a token has no more channels), which is 2.25 to 2.33,
    "Latest chunk in fp16" packs only what is older, as KIVI does. Another noise says how far apart two films in fp16 are.
    VDE-Subject takes 1 - colour error of the body over ten parts of a film, VDE-Clarity its gradient energy.
 A seed is another set of clips, questions, films and noises.
+
+Outcome: what the paper sees in keys and values is here; its one bit and its ternary codes are another matter. A scale a channel
+beats a scale a token by 34 to 84 %. Half of the channels by range err 58 % less in `block` than half at random; in `qa`, where
+no channel is a giant, 14 to 48 %, and four planted giants are always found. A fifth of the tokens, chosen by the question's
+words, halves the error of ternary values and brings 85 right answers of 100 back to 98 (the attention itself would choose twice
+as well). But signs after a Fourier transform are no better than signs: 1.5 % in both models, since channels of small range have
+no heavy tails; 14 % if all channels get one bit. The paper's 1.5/1.58 answers 85 %, whereas plain 2 bits in groups of 128,
+which store as much, answer all. That is the ternary values' doing, with keys in 8 bits it is the same 85 %: the mean of all
+sizes is too small a scale, the best one halves the error and answers 89 %. Rollouts read again what they wrote, and there it is
+fatal: after 19 chunks a third of the edges is left, and few shapes with them (4 % right, for 71 in fp16). The judge's scores
+fall by 38 %; by 24 with KIVI's codes. Not so where keys are packed before their rotary turn: 2 bits are level with fp16 (1 %
+lower), and with centred signs for half of the channels, 8.5 times smaller, all counted, the scores are 4 % lower, 9 to nothing
+from seed to seed, where another noise alone moves them by as much.
 """
 
 import copy
