@@ -97,7 +97,7 @@ def train(name: str, steps: int | None = None, seed: int = 0, device: str | None
     if compiled:
         for part in model.children():
             part.compile(dynamic=False)
-    fast = multiplies(device)
+    fast = multiplies(device) if recipe.half or device != "cpu" else torch.float32
     state = fit.State({"model": model, **optimisers(model, recipe), "ema": fit.Ema(model)})
     note = {"name": name, "steps": steps, "settings": str(recipe.settings)}
     step = stepper(recipe, steps, fast)

@@ -158,8 +158,9 @@ RECIPES = {
     "block": Recipe(
         "video", dict(channels=4, block=4), chunked(16, 8192), block_objective, 6000, 2e-3, 16, muon=5e-3, start="frames"
     ),
-    "unet": Recipe("unet", {}, pixels(128, {"base": 65536}, False), generate_loss(2.0), 10000, 1.5e-3, 128),
+    "unet": Recipe("unet", {}, pixels(128, {"base": 65536}, False), generate_loss(2.0), 10000, 1.5e-3, 128, half=False),
     "unet-i": Recipe(
-        "unet", dict(time=False), pixels(512, {"base": 65536, "textured": 12288}, True), generate_loss(1.5), 8000, 1.5e-3, 512
+        "unet", dict(time=False), pixels(128, {"base": 24576, "textured": 8192}, True), generate_loss(1.5), 5000, 2e-3, 128,
+        half=False,
     ),
 }

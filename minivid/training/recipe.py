@@ -18,6 +18,7 @@ class Recipe:
     muon:           peak learning rate of the matrices inside transformer blocks, by Muon; without it they too take AdamW and lr
     begin, end:     `begin(model, batches)`, once, on a fresh model; `end` likewise on the trained one, before it is shipped
     start:          shipped weights to begin from, of the same shapes, instead of random ones
+    half:           multiply in bfloat16 where that is fast; convolutions with few channels are slower in it on a CPU
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Recipe:
     begin: Callable | None = None
     end: Callable | None = None
     start: str | None = None
+    half: bool = True
 
 
 def pick(i: int, n: int, batch: int, seed: int = 0) -> Tensor:
