@@ -5,19 +5,20 @@ Kind:    procedure (the target and the mask of a model over codes, and its decod
 Equal:   blocks of one token are next-token prediction: loss, mask, samples; one block of all cells sees everything
 Claim:   a token costs more bits the larger the block; with a cache, rows of 8 are said at least 3 times as fast as single tokens;
          and what is made freely gets better before it gets worse: some L > 1 is nearer to true clips than L = 1
-Differs: codes of single frames (`tok-q`, 8 x 8 of 256 codes), no 3-D tokenizer; captions reach the tokens by their own attention,
-         not as a prefix. The place of the cell that is asked for is given by rotary positions and one learnt vector for each cell of
-         a frame. BOV and 63 middle tokens are there for every L, so that all L have the same parameters. Inferred: the place given
-         to an input is that of its target; blocks across frames go by frames, then rows, then columns; sizes, rates, steps
+Differs: codes of single frames (`tok-q`, 8 x 8 of 256 codes), no 3-D tokenizer; captions reach the tokens by an attention of
+         their own, not as a prefix. The cell that is asked for is told by rotary positions and one learnt vector for each cell
+         of a frame. BOV and 63 middle tokens are there for every L, so that all L have the same parameters. Inferred: the place
+         given to an input is that of its target; blocks across frames go by rows, columns, then frames; sizes, rates, steps
 
     p(x) = prod_m prod_l p(x[m, l] | blocks before m)            inputs: the order of the cells, moved by L
-    [BOV] [x1 ... xL] [m1 ... m(L-1)] [block 2] ... [block M-1]  hybrid: the first L one by one, then x1 and the middles ask
+    [BOV] [x1 ... xL] [m1 ... m(L-1)] [block 2] ... [block M-1]  hybrid: the first L one by one, then xL and the middles ask
       x1   x2 ... | block 2           | block 3 ...              for block 2. Whatever stands at place p says token p
 
-What is unusual here: the cells' order is all that a block's shape changes. A block is L cells in a row of that order, and the network
-isn't told what L is: the mask and what it is asked for say so.
+What is unusual here: the cells' order is all that a block's shape changes. A block is L cells in a row of that order, and the
+network isn't told what L is: only the mask and what it is asked for say so.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from math import prod
 
@@ -196,6 +197,8 @@ def filling(
     said = 0 if prompt is None else prompt[0].numel()
     if n % max(len(inlet.order), block) or said % block or said % len(inlet.order):
         raise ValueError(f"{n} cells, and the prompt's {said}, must divide into blocks of {inlet.shape}")
+    if said >= n:
+        raise ValueError(f"nothing is left to say: {n} cells are asked for, and the prompt has {said}")
     if temperature and u is None:
         raise ValueError("drawing needs a number u for each cell (temperature 0 does without)")
     b = len(prompt) if prompt is not None else len(u) if u is not None else 1
@@ -224,6 +227,4 @@ def filling(
 
 def generate(model: NextBlock, frames: int, cond: Cond, *args, **named) -> Int[Tensor, "b f h w"]:
     """The last of `filling`."""
-    for codes in filling(model, frames, cond, *args, **named):
-        pass
-    return codes
+    return deque(filling(model, frames, cond, *args, **named), 1)[0]

@@ -1,4 +1,4 @@
-"""NBP: blocks of one token are next-token prediction; nothing is seen too early; a cache, and every cell's own draw, change nothing."""
+"""NBP: blocks of one token are next tokens; nothing is seen too early; a cache changes nothing; cells are drawn by themselves."""
 
 import pytest
 import torch
@@ -277,6 +277,7 @@ def test_it_learns_also_the_row_after_the_last(shape):
     (lambda: small().predict(some().float(), Cond()), "codes are integers"),
     (lambda: small().predict(some() + K, Cond()), r"lie in \[0, 12\)"),
     (lambda: generate(small((3, 1, 1)), 6, Cond(), some(f=2), None, dice(f=6)), "must divide into blocks"),
+    (lambda: generate(small(), 3, Cond(), some()), "nothing is left"),
     (lambda: generate(small(), 3, Cond()), "needs a number u"),
     (lambda: generate(small(), 3, Cond(), cache=Flat(20), temperature=0), "room for 20"),
 ])  # fmt: skip
