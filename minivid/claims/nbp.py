@@ -1,26 +1,27 @@
 """NBP from scratch on the codes of `tok-q`: what blocks cost in likelihood, what they gain in time, what they do to what is made.
 
-All arms have the same 0.3 M parameters and initial values (width 64, three layers of two heads; BOV and 63 middle tokens), 400
-steps of 16 clips in the same order (4,096 of `base`, every second of 16 frames: 512 tokens), Muon and AdamW at rates found on a
-seed that isn't used here with L = 8 and tried with L = 1. They differ in the order of the cells, the mask and the target. No words
-are told. "L = 4, 8" are (half) rows, 16 is two rows, 64 a frame; at L = 8 also 2 x 4 cells of a frame ("patch") and half a row
+All arms have the same 0.3 M parameters and initial values (width 64, three layers of two heads; BOV and 63 middle tokens), 800
+steps of 8 clips in the same order (4,096 of `base`, every second of 16 frames: 512 tokens), AdamW and Muon at the better of two
+pairs of rates, tried on a seed that isn't used here. They differ in the order of the cells, the mask and the target. No words are
+told. L = 4 and 8 are half a row and a row, 16 two rows, 64 a frame; at L = 8 also 2 x 4 cells of a frame ("patch") and half a row
 of two frames ("two frames"). A seed is a draw of initial values, of the order of clips, of 256 held-out clips (colours and shapes
 in motions that training lacks), and of one number for each cell that decides what is drawn there, the same in all arms.
 
 1. "bits": of a code of frames 4 to 7, given all before its block, teacher-forced: the exact likelihood of these four frames given
    the first four, for all arms. "bits_all" counts all eight frames; the hybrid start says the first L tokens one by one, which
-   gives L = 64 all of its first frame.
-2. Wall time of saying 1,024 tokens from nothing, next tokens over blocks, one thread, batch 1 (the card asked for two threads),
-   with a cache that keeps rotated keys in one piece of memory, so that nothing is computed or copied again; and rows at batch 16.
-   "calls" are the passes that it takes: with the hybrid start L of the first L are single.
+   gives L = 64 all of its first frame. "bits_200" and so on: of 64 of the clips after so many steps of the same training.
+2. Time of saying 1,024 tokens from nothing, next tokens over blocks, one thread (the card asked for two), batch 1, with a cache
+   that keeps rotated keys in one piece of memory, so that nothing is computed or copied again; and rows at batch 16.
+   "calls" are the passes that it takes: with the hybrid start the first L are single.
 3. Four true frames, four made: 256 tokens. "frechet" is over the features of `feat-b`, all 8 frames, between what is made and
-   the same clips' true codes, both decoded. By the judge, on the four made frames: "torn" is the share of frames with more
-   regions than the scene has bodies, "lost" of those with fewer; "shape", "colour": of bodies; "count": of clips; "astray": a body's
-   displacement from frame to frame less the true one, in pixels (bodies found by their colour). _1, _0.7, _0: temperature, 0 takes the
-   likeliest; _top: the paper's filter at temperature 1 (a quarter of the codes, of these the fewest that hold 0.9). "truth" is the
-   true codes decoded, its frechet that between two draws of 256 clips.
+   the same clips' true codes, both decoded. By the judge, on the made frames: "torn" is the share of frames with more regions
+   than the scene has bodies, "lost" of those with fewer; "count": right number, a share of clips; "shape", "colour": shares of
+   bodies; "astray": a body's displacement from frame to frame less the true one, in pixels (bodies are found by their colour).
+   _1, _0.7, _0: temperature, 0 takes the likeliest; _top: the paper's filter at temperature 1 (a quarter of the codes, of these
+   the fewest that hold 0.9). "truth" is the true codes decoded, its frechet that between two draws of 256 clips.
 """
 
+import json
 import math
 from functools import lru_cache, partial
 
@@ -36,7 +37,7 @@ from minivid.core.baselines.vq import Codes
 from minivid.core.codes import nll
 from minivid.core.model import Cond
 from minivid.core.where import grid
-from minivid.lab import measure
+from minivid.lab import jobs, measure
 from minivid.lab.claims import Arm, Claims, Compare, Floor
 from minivid.training.command import multiplies, optimisers, stepper
 from minivid.training.recipe import Recipe, pick
@@ -47,9 +48,9 @@ from minivid.world.scores import entropy, frechet
 FILES = [f"minivid/weights/{name}.safetensors" for name in ("tok-q", "feat-b")]
 SHAPES = {"L = 1": (1, 1, 1), "L = 4": (1, 1, 4), "L = 8": (1, 1, 8), "L = 16": (1, 2, 8), "L = 64": (1, 8, 8),
           "patch": (1, 2, 4), "two frames": (2, 1, 4)}  # fmt: skip
-FRAMES, GIVEN, BATCH = 8, 4, 16
-STEPS = (400, 3)  # full, fast
-RATES = (3e-3, 1e-2)  # of AdamW, of Muon
+FRAMES, GIVEN, BATCH = 8, 4, 8
+STEPS = (800, 3)  # full, fast
+RATES = (1e-2, 2e-2)  # of AdamW, of Muon
 TRAIN, HELD = (4096, 32), (256, 2)
 WAYS = {"1": {}, "0.7": dict(temperature=0.7), "0": dict(temperature=0), "top": dict(top_k=64, top_p=0.9)}
 loaded = lru_cache(None)(weights.load)
@@ -91,9 +92,20 @@ def trained(seed, fast, shape, folder) -> NextBlock:
     recipe, batch = Recipe("tokens", {}, None, objective, STEPS[fast], rate, muon=muon), 2 if fast else BATCH
     state = fit.State({"model": model, **optimisers(model, recipe), "ema": fit.Ema(model)})
     step = stepper(recipe, STEPS[fast], torch.float32 if fast else multiplies("cpu"))
-    batches = lambda i: codes[pick(i, len(codes), batch, 70 + seed)]
-    fit.fit(step, state, batches, STEPS[fast], seed, folder / "state.safetensors", 100)
+    batches, unseen = lambda i: codes[pick(i, len(codes), batch, 70 + seed)], held(seed, fast)[1][:64]
+
+    def watched(state, batch, generator):
+        if state.i % 200 == 0 and state.i:
+            jobs.write_json(folder / f"bits_{state.i}.json", bits_of(model, unseen)[:, GIVEN:].mean().item())
+        return step(state, batch, generator)
+
+    fit.fit(watched, state, batches, STEPS[fast], seed, folder / "state.safetensors", 100)
     return model.eval()
+
+
+@torch.no_grad()
+def bits_of(model, codes: Tensor) -> Tensor:
+    return torch.cat([nll(model.predict(some, Cond()), some) for some in codes.split(32)]) / math.log(2)
 
 
 # --- what is made ---------------------------------------------------------------------------------------------------------
@@ -130,14 +142,14 @@ def looked_at(clips: Tensor, scenes: list) -> dict[str, float]:
     return found | {"astray": 32.0 if gaps.isnan().all() else gaps.nanmean().item()}
 
 
-def made_freely(model, seed, fast) -> dict[str, float]:
+def made_freely(model, seed, fast, ways) -> dict[str, float]:
     scenes, codes = held(seed, fast)
     frames = GIVEN + 2 if fast else FRAMES
     u = torch.rand(len(codes), frames, 8, 8, generator=torch.Generator().manual_seed(seed))
     true, found = features(decoded(codes)[:, :, :frames]), {}
-    for way, settings in list(WAYS.items())[: 1 if fast else None]:
+    for way in ways[:1] if fast else ways:
         parts = zip(codes.split(64), u.split(64), strict=True)
-        go_on = partial(paper.generate, model, frames, Cond(), **settings)
+        go_on = partial(paper.generate, model, frames, Cond(), **WAYS[way])
         made = [go_on(some[:, :GIVEN], Flat(FRAMES * 64), dice) for some, dice in parts]
         clips = decoded(torch.cat(made))
         values = looked_at(clips, scenes) | ({} if fast else {"frechet": frechet(features(clips), true)})
@@ -148,13 +160,13 @@ def made_freely(model, seed, fast) -> dict[str, float]:
 # --- arms -----------------------------------------------------------------------------------------------------------------
 
 
-def arm(seed, fast, shape, folder):
+def arm(seed, fast, shape, folder, ways=None):
     """Bits of a held-out code, then what is made freely."""
     model, (_, codes) = trained(seed, fast, tuple(shape), folder), held(seed, fast)
-    with torch.no_grad():
-        bits = torch.cat([nll(model.predict(some, Cond()), some) for some in codes.split(32)]) / math.log(2)
-    found = {"bits": bits[:, GIVEN:].mean().item(), "bits_all": bits.mean().item(), "bits_first": bits[:, 0].mean().item()}
-    return found | made_freely(model, seed, fast)
+    bits = bits_of(model, codes)
+    found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("bits_*.json"))}
+    found |= {"bits": bits[:, GIVEN:].mean().item(), "bits_all": bits.mean().item(), "bits_first": bits[:, 0].mean().item()}
+    return found | made_freely(model, seed, fast, ways or list(WAYS))
 
 
 def truth(seed, fast):
@@ -185,7 +197,8 @@ def speed(seed, fast):
 
 TIMED = ["L = 4", "L = 8", "L = 16", "L = 64", "L = 8, batch 16"]
 SIZES = ("L = 1", "L = 4", "L = 8", "L = 16", "L = 64")
-ARMS = {**{name: Arm(arm, FILES, shape=list(shape)) for name, shape in SHAPES.items()},
+ARMS = {**{name: Arm(arm, FILES, shape=list(SHAPES[name])) for name in SIZES},
+        **{name: Arm(arm, FILES, shape=list(SHAPES[name]), ways=["1"]) for name in ("patch", "two frames")},
         "truth": Arm(truth, FILES), "speed": Arm(speed)}  # fmt: skip
 
 
