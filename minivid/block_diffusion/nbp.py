@@ -20,6 +20,7 @@ network isn't told what L is: only the mask and what it is asked for say so.
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -86,9 +87,10 @@ class Blocks(Cells):
         """Raster numbers (through all frames) of the cells at these places of the order."""
         return self.order[place % len(self.order)] + place // len(self.order) * len(self.order)
 
-    def fed(self, tokens: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
-        """The ids that ask for `tokens` (in the order of the blocks)."""
-        source = sources(tokens.shape[1], self.block, self.hybrid).to(tokens.device)
+    def fed(self, tokens: Int[Tensor, "b n"], source: Int[Tensor, "m"] | None = None) -> Int[Tensor, "b m"]:
+        """The ids that ask for `tokens` (in the order of the blocks), or those of some places, by their sources."""
+        if source is None:
+            source = sources(tokens.shape[1], self.block, self.hybrid).to(tokens.device)
         return torch.where(source < 0, self.codes - 1 - source, tokens[:, source.clamp_min(0)])
 
     def forward(self, x: Int[Tensor, "b f h w"], t, cond: Cond):
@@ -143,7 +145,8 @@ class Flat(Cache):
 
     def through(self, layer: int, q: Tensor, k: Tensor, v: Tensor, where: Where) -> tuple[Tensor, Tensor, Where]:
         if layer not in self.held:
-            self.held[layer] = tuple(x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (k, v))
+            room = lambda x: x.new_empty(*x.shape[:2], self.room, x.shape[3])
+            self.held[layer] = room(k), room(v)
             self.number = where.block.new_empty(1, self.room)
         n = self.end + k.shape[2]
         if n > self.room:
@@ -151,8 +154,9 @@ class Flat(Cache):
         for kept, new in zip(self.held[layer], (k, v), strict=True):
             kept[:, :, self.end : n] = new
         self.number[:, self.end : n] = where.block
-        mine = (kept[:, :, :n] for kept in self.held[layer])
-        return *mine, Where(where.coords.new_zeros(1, n, 3), self.number[:, :n])  # rotated keys need no coordinates
+        k, v = self.held[layer]
+        places = Where(where.coords.new_zeros(1, n, 3), self.number[:, :n])  # rotated keys need no coordinates
+        return k[:, :, :n], v[:, :, :n], places
 
     def close(self, block: int) -> None:
         self.end = block
@@ -160,6 +164,15 @@ class Flat(Cache):
     @property
     def tokens(self) -> int:
         return self.end
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a code is drawn; temperature 0 takes the likeliest. top_k, top_p: see `likely`."""
+
+    temperature: float | int = 1.0
+    top_k: int = 0
+    top_p: float | int = 1.0
 
 
 def likely(logits: Float[Tensor, "b K n"], top_k: int = 0, top_p: float | int = 1.0) -> Float[Tensor, "b K n"]:
@@ -174,18 +187,20 @@ def likely(logits: Float[Tensor, "b K n"], top_k: int = 0, top_p: float | int = 
     return logits.masked_fill(torch.zeros_like(gone).scatter(1, codes, gone), -torch.inf)
 
 
-def draw(logits: Float[Tensor, "b K n"], u: Float[Tensor, "b n"], temperature: float | int = 1.0) -> Int[Tensor, "b n"]:
-    """One code a cell, from its own number u in [0, 1) and nobody else's; temperature 0 takes the likeliest."""
-    if temperature == 0:
+def draw(logits: Float[Tensor, "b K n"], u: Float[Tensor, "b n"], how: Sampling = Sampling()) -> Int[Tensor, "b n"]:
+    """One code a cell, from its own number u in [0, 1) and nobody else's."""
+    if how.temperature == 0:
         return logits.argmax(1)
-    below = (logits.double() / temperature).softmax(1).cumsum(1)
+    if how.top_k or how.top_p < 1:
+        logits = likely(logits, how.top_k, how.top_p)
+    below = (logits.double() / how.temperature).softmax(1).cumsum(1)
     return (below <= u[:, None] * below[:, -1:]).sum(1)
 
 
 @torch.no_grad()
 def filling(
     model: NextBlock, frames: int, cond: Cond, prompt: Int[Tensor, "b p h w"] | None = None, cache: Cache | None = None,
-    u: Float[Tensor, "b f h w"] | None = None, temperature: float | int = 1.0, top_k: int = 0, top_p: float | int = 1.0,
+    u: Float[Tensor, "b f h w"] | None = None, how: Sampling = Sampling(),
 ) -> Iterator[Int[Tensor, "b f h w"]]:  # fmt: skip
     """The codes of `frames` frames after each step; what hasn't been said yet is -1. `prompt`: true frames to begin with.
 
@@ -199,7 +214,7 @@ def filling(
         raise ValueError(f"{n} cells, and the prompt's {said}, must divide into blocks of {inlet.shape}")
     if said >= n:
         raise ValueError(f"nothing is left to say: {n} cells are asked for, and the prompt has {said}")
-    if temperature and u is None:
+    if how.temperature and u is None:
         raise ValueError("drawing needs a number u for each cell (temperature 0 does without)")
     b = len(prompt) if prompt is not None else len(u) if u is not None else 1
     cell = inlet.cells(torch.arange(n, device=device))
@@ -207,7 +222,7 @@ def filling(
     if said:
         tokens[:, :said] = prompt.flatten(1)[:, cell[:said]]
     dice = torch.zeros(b, n, device=device) if u is None else u.flatten(1)[:, cell]
-    fresh = True
+    source, fresh = sources(n, block, inlet.hybrid).to(device), True
     while said < n:
         end = said + (1 if inlet.hybrid and said < block else block)
         first = 0 if cache is None or fresh else said
@@ -215,12 +230,11 @@ def filling(
         if cache is not None:
             cache.open(end, told)
             cache.writing = True
-        x = inlet.fed(tokens[:, :end])[:, first:]
+        x = inlet.fed(tokens, source[first:end])
         logits = model(x[:, None, None], None, told, cache).flatten(2)[..., said - end :]
         if cache is not None:
             cache.close(end)
-        filtered = likely(logits, top_k, top_p) if top_k or top_p < 1 else logits
-        tokens[:, said:end] = draw(filtered, dice[:, said:end], temperature)
+        tokens[:, said:end] = draw(logits, dice[:, said:end], how)
         said = end
         yield tokens[:, back].view(b, frames, h, w)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from minivid import world
 from minivid.block_diffusion import nbp as paper
-from minivid.block_diffusion.nbp import Flat, NextBlock
+from minivid.block_diffusion.nbp import Flat, NextBlock, Sampling
 from minivid.core import corpus, fit, weights
 from minivid.core.baselines.vq import Codes
 from minivid.core.codes import nll
@@ -52,7 +52,7 @@ FRAMES, GIVEN, BATCH = 8, 4, 8
 STEPS = (800, 3)  # full, fast
 RATES = (1e-2, 2e-2)  # of AdamW, of Muon
 TRAIN, HELD = (4096, 32), (256, 2)
-WAYS = {"1": {}, "0.7": dict(temperature=0.7), "0": dict(temperature=0), "top": dict(top_k=64, top_p=0.9)}
+WAYS = {"1": Sampling(), "0.7": Sampling(0.7), "0": Sampling(0), "top": Sampling(1.0, 64, 0.9)}
 loaded = lru_cache(None)(weights.load)
 
 
@@ -136,10 +136,10 @@ def looked_at(clips: Tensor, scenes: list) -> dict[str, float]:
         for body, true in zip(scene.bodies, centres, strict=True):
             for seen in [seen for seen in made.bodies if seen.colour == body.colour][:1]:
                 gaps.append((seen.path - true[: len(seen.path)]).diff(dim=0).norm(dim=-1))
-    gaps, mean = torch.cat([*gaps, torch.full((1,), torch.nan)]), lambda some: sum(some) / len(some)
+    apart, mean = torch.cat([*gaps, torch.full((1,), torch.nan)]), lambda some: sum(some) / len(some)
     found = {name: mean([answer[name] is True for answer in told]) for name in ("shape", "colour")}
     found |= {"count": mean(counts), "torn": mean(more), "lost": mean(fewer)}
-    return found | {"astray": 32.0 if gaps.isnan().all() else gaps.nanmean().item()}
+    return found | {"astray": 32.0 if apart.isnan().all() else apart.nanmean().item()}
 
 
 def made_freely(model, seed, fast, ways) -> dict[str, float]:
@@ -149,7 +149,7 @@ def made_freely(model, seed, fast, ways) -> dict[str, float]:
     true, found = features(decoded(codes)[:, :, :frames]), {}
     for way in ways[:1] if fast else ways:
         parts = zip(codes.split(64), u.split(64), strict=True)
-        go_on = partial(paper.generate, model, frames, Cond(), **WAYS[way])
+        go_on = partial(paper.generate, model, frames, Cond(), how=WAYS[way])
         made = [go_on(some[:, :GIVEN], Flat(FRAMES * 64), dice) for some, dice in parts]
         clips = decoded(torch.cat(made))
         values = looked_at(clips, scenes) | ({} if fast else {"frechet": frechet(features(clips), true)})

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivid.block_diffusion import nbp as paper
-from minivid.block_diffusion.nbp import Flat, NextBlock, draw, filling, generate, likely
+from minivid.block_diffusion.nbp import Flat, NextBlock, Sampling, draw, filling, generate, likely
 from minivid.core import codes as tokens
 from minivid.core.attention import dense
 from minivid.core.cache import Cache
@@ -238,7 +238,7 @@ def test_draws_follow_the_probabilities():
     assert (torch.bincount(draw(logits, u)[0]) / 20_000).tolist() == pytest.approx(p.tolist(), abs=0.015)
     assert draw(logits[..., :3], torch.tensor([[0.49, 0.51, 0.81]])).tolist() == [[0, 1, 2]]
     assert draw(logits[..., :2], torch.tensor([[0.0, 1 - 1e-7]])).tolist() == [[0, 2]]
-    assert (draw(logits, u, 0) == 0).all() and (draw(logits, u, 0.1) == 0).float().mean() > 0.98
+    assert (draw(logits, u, Sampling(0)) == 0).all() and (draw(logits, u, Sampling(0.1)) == 0).float().mean() > 0.98
 
 
 def test_what_is_likely():
@@ -255,9 +255,9 @@ def test_what_is_likely():
 
 def test_the_likeliest_codes_agree_with_teacher_forcing():
     model = small((1, 1, 2))
-    out = generate(model, 3, Cond(), temperature=0)
+    out = generate(model, 3, Cond(), how=Sampling(0))
     assert torch.equal(model.predict(out, Cond()).argmax(1), out)
-    assert torch.equal(generate(model, 3, Cond(), u=dice(1), top_k=1), out)
+    assert torch.equal(generate(model, 3, Cond(), u=dice(1), how=Sampling(top_k=1)), out)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 4), (1, 2, 4)])
@@ -267,7 +267,7 @@ def test_it_learns_also_the_row_after_the_last(shape):
     for _ in range(60):
         loss = tokens.nll(model.predict(x, Cond()), x).mean()
         opt.zero_grad(), loss.backward(), opt.step()
-    assert loss < 0.1 and torch.equal(generate(model, 3, Cond(), cache=Flat(N), temperature=0), x)
+    assert loss < 0.1 and torch.equal(generate(model, 3, Cond(), cache=Flat(N), how=Sampling(0)), x)
 
 
 @pytest.mark.parametrize("call, message", [
@@ -279,7 +279,7 @@ def test_it_learns_also_the_row_after_the_last(shape):
     (lambda: generate(small((3, 1, 1)), 6, Cond(), some(f=2), None, dice(f=6)), "must divide into blocks"),
     (lambda: generate(small(), 3, Cond(), some()), "nothing is left"),
     (lambda: generate(small(), 3, Cond()), "needs a number u"),
-    (lambda: generate(small(), 3, Cond(), cache=Flat(20), temperature=0), "room for 20"),
+    (lambda: generate(small(), 3, Cond(), cache=Flat(20), how=Sampling(0)), "room for 20"),
 ])  # fmt: skip
 def test_errors_say_what_is_wrong(call, message, untyped):
     with pytest.raises(ValueError, match=message):
