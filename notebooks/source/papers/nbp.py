@@ -27,6 +27,7 @@ from functools import lru_cache
 from statistics import fmean
 
 import torch
+from matplotlib.patches import Rectangle
 
 from minivid import world
 from minivid.block_diffusion import nbp as paper
@@ -75,7 +76,7 @@ def outlined(ax, cells):
     """A frame around a box of cells."""
     r, c = cells // 8, cells % 8
     size = 4 * (c.max() - c.min() + 1), 4 * (r.max() - r.min() + 1)
-    box = plots_box((4 * c.min() - 0.5, 4 * r.min() - 0.5), *size, fill=False, ec="#0072B2", lw=2)
+    box = Rectangle((4 * c.min() - 0.5, 4 * r.min() - 0.5), *size, fill=False, ec="#0072B2", lw=2)
     ax.add_patch(box)
 
 
@@ -105,3 +106,230 @@ def filling(L, filled):
 # %% tags=["nbval-ignore-output"]
 settled = [dict(L=L, filled=filled) for L, filled in ((1, 40), (8, 40), (64, 100))]
 play.knobs(filling, settled=settled, L=play.Choice(list(SHAPES)), filled=play.IntRange(0, 100, 40, 10))
+
+# %% [markdown]
+# ## You have not read the paper: how would you do it?
+#
+# You have a model that says the next token. It shall say eight at once. What do you change?
+#
+# <details><summary>One answer</summary>
+#
+# Give it eight heads, for the next token, the one after, and so on. All eight then guess from the same last token, and the
+# eighth, far from anything it knows, guesses badly. In a picture the cell *above* each of the eight is known. Ask that one.
+#
+# </details>
+#
+# ## The idea
+#
+# Put the cells into an order, cut it into blocks of L, and let what stands at the l-th cell of a block answer for the l-th cell of the
+# *next* block:
+#
+# $$p(x) = \prod_m \prod_{l=1}^{L} p(x_{m,l} \mid B_{<m}).$$
+#
+# Two things change in a model of next tokens: the target is L places ahead, and within a block all see each other. With L = 1 nothing
+# changes. The last row of a frame asks for the first row of the next frame.
+#
+# **The start.** Who asks for the first block? L copies of “begin” would be a hard question. The *hybrid* start says the first L tokens
+# one by one, and then puts L - 1 learnt middle tokens beside the last of them, so that L inputs ask for block 2:
+
+# %%
+def layout(n, L, hybrid=True):
+    """What is fed at each place, its block, and which token it asks for."""
+    source, number = paper.sources(n, L, hybrid).tolist(), paper.numbers(torch.arange(n), L, hybrid).tolist()
+    name = lambda s: f"x{s + 1}" if s >= 0 else "BOV" if s == -1 else f"m{-1 - s}"
+    rows = {"fed": [name(s) for s in source], "block": number, "asks for": [f"x{i + 1}" for i in range(n)]}
+    return "\n".join(f"{title:9}" + "".join(f"{value!s:>5}" for value in row) for title, row in rows.items())
+
+
+print(layout(12, 4))
+print(f"passes for 1,024 tokens in rows of 8: {paper.steps(1024, 8)}, of which {8} single ones")
+
+# %% [markdown]
+# ## The package's own source
+#
+# A block needn't be a row. Its shape is an order of the cells, nothing else.
+
+# %%
+show.source(paper.order, paper.sources, paper.numbers)
+
+
+# %% tags=["nbval-ignore-output"]
+def shapes(axes):
+    names = {"row": (1, 1, 8), "patch": (1, 2, 4), "half a row of two frames": (2, 1, 4)}
+    for ax, (name, shape) in zip(axes, names.items(), strict=True):
+        cells = NextBlock(shape=shape).inlet.cells(torch.arange(128))
+        when = torch.empty(128)
+        when[cells] = torch.arange(128.0) // 8
+        ax.imshow(torch.cat(list(when.view(2, 8, 8)), 1), cmap="cividis")
+        ax.axvline(7.5, color="white", lw=2)
+        ax.set(xticks=(3.5, 11.5), xticklabels=("frame 0", "frame 1"), yticks=(), title=name)
+        ax.tick_params(length=0)
+
+
+alt = "Two frames of 8 x 8 cells; brighter cells are said later. Rows go down, frame by frame; patches left, right, down."
+plots.figure(shapes, (8.2, 1.9), "shapes of a block", alt, (1, 3))
+
+# %% [markdown]
+# Dark is said first. Patches go left, right, then down; blocks across frames say the same half row of both frames at once.
+#
+# ## What a trained model looks at
+#
+# The package's own `codes` is a next-block model with rows. Four frames of a clip, one layer, its heads. The steps of the staircase
+# are rows; the bright **diagonals** one frame apart ask what stood here before, bright **columns** are tokens that everyone reads.
+
+# %% tags=["nbval-ignore-output"]
+codes_model = weights.load("codes")
+scene = world.draw(600, 4, "base", "held-out")
+clip = world.render(scene, 32, 8)[:, ::2]
+seen = {}
+
+
+def watched(q, k, v, where):
+    seen.setdefault("maps", []).append(attention.scores(q, k, where)[0])
+    return attention.dense(q, k, v, where)
+
+
+for block in codes_model.trunk.blocks:
+    block.attention.attend = watched
+with torch.no_grad():
+    _ = codes_model.predict(codes_of(tokenizer, bytes_of(clip[None])).long(), Cond(text=text.tokens([world.caption(scene)], 16)))
+show.attention(seen["maps"][2], 4, "Who reads what (layer 2)", titles=[f"head {i}" for i in range(4)])
+
+# %% [markdown]
+# ## What a block can't know
+#
+# Cells of a block are drawn without asking each other. If the ball may be here or there, each cell decides for itself: half a
+# ball here, half there, or two. Sharper draws (a lower temperature, or the paper's top-p of 0.9) make all take the likelier
+# side; then L hardly matters. Below, four frames given, four made, the same random number in every cell:
+
+# %% tags=["nbval-ignore-output"]
+CLIP = 0
+rows = {"true codes": made["true"]} | {f"L = {L}": made[f"L = {L}, 1"] for L in (1, 8, 64)}
+rows |= {f"L = {L}, the likeliest": made[f"L = {L}, 0"] for L in (1, 64)}
+show.clips([pixels(x[CLIP : CLIP + 1])[0] for x in rows.values()], list(rows), "Four frames given, four made", fps=4)
+
+# %% [markdown]
+# ## Predict, then run
+#
+# 128 tokens, once with blocks of 1, once of 8, once of 64, all with a cache. **Predict** how many times as fast rows are, and
+# frames. (Mind the hybrid start.)
+
+# %% tags=["nbval-ignore-output"]
+def say(L, cache=Flat, frames=2):
+    net, u = NextBlock(shape=SHAPES[L]).eval(), torch.rand(1, frames, 8, 8)
+    return lambda: paper.generate(net, frames, Cond(), None, cache(64 * frames), u)
+
+
+for L in (8, 64):
+    faster = measure.ratio(say(1), say(L), 5).median
+    print(f"L = {L:2}: {faster:.1f} times as fast; passes {128} : {paper.steps(128, L)}")
+slow = measure.ratio(say(1, lambda room: Cache()), say(1), 5).median
+print(f"A cache that puts its entries together at each step makes next tokens {slow:.1f} times as slow. That would flatter blocks.")
+
+# %% [markdown]
+# ## Exercise
+#
+# Complete the layout of the hybrid start, for n > 2 L.
+
+# %% tags=["exercise"]
+def fed(n, L):
+    """What is fed at each of n places: 'B', 'x1' ... and 'm1' ... 'm(L-1)'."""
+    return ["B"] + [f"x{i}" for i in range(1, n)]  # not right yet: that is L = 1
+
+
+# %% tags=["exercise-check"]
+from minivid.block_diffusion import nbp
+
+right = True
+for n, L in ((12, 4), (12, 1), (24, 8)):
+    name = lambda s: f"x{s + 1}" if s >= 0 else "B" if s == -1 else f"m{-1 - s}"
+    wanted = [name(s) for s in nbp.sources(n, L).tolist()]
+    if fed(n, L) != wanted:
+        print(f"n = {n}, L = {L}: {' '.join(wanted)} is asked for; yours is {' '.join(fed(n, L))}.")
+        print("Not yet.")
+        right = False
+        break
+if right:
+    print("Right.")
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def fed(n, L):
+#     middles = [f"m{j}" for j in range(1, L)]
+#     return ["B", *[f"x{i}" for i in range(1, L + 1)], *middles, *[f"x{i}" for i in range(L + 1, n - L + 1)]]
+# ```
+#
+# The last block is never fed: nobody asks for what follows it. For L = 1 there are no middles.
+#
+# </details>
+#
+# ## The law of limits
+#
+# Blocks of one token are next-token prediction; a cache changes nothing.
+
+# %%
+one = NextBlock(shape=SHAPES[1]).eval()
+where = one.inlet(torch.zeros(1, 1, 1, 64, dtype=torch.long), None, Cond())[1]
+print("L = 1 is the causal mask:", bool((visible(where)[0] == torch.ones(64, 64).tril().bool()).all()))
+rowwise, u = NextBlock(shape=SHAPES[8]).eval(), torch.rand(1, 2, 8, 8)
+both = [paper.generate(rowwise, 2, Cond(), None, cache, u) for cache in (None, Flat(128))]
+print("cached codes are those computed anew:", torch.equal(*both))
+
+# %% [markdown]
+# ## The claim
+#
+# Five twins with the same parameters, steps and clips, three seeds, trained from scratch. First, how many bits a true code costs,
+# as training goes on. By theory L = 1 must win in the end: it knows all that larger blocks know, and more.
+
+# %% tags=["nbval-ignore-output"]
+marks = (200, 400, 600)
+curves = {f"L = {L}": ([*marks, 800], [*[mean(f"L = {L}", f"bits_{i}") for i in marks], mean(f"L = {L}", "bits")]) for L in SHAPES}
+show.lines(curves, "steps", "bits a code, given four frames", f"By frequency alone: {mean('truth', 'unigram'):.1f} bits")
+
+# %% [markdown]
+# Shapes at L = 8, and speed: 1,024 tokens from nothing, beside the passes that are saved.
+
+# %% tags=["nbval-ignore-output"]
+names = {"L = 8": "a row", "patch": "2 x 4 cells", "two frames": "half a row of two frames"}
+show.bars({title: result[arm]["values"]["bits"] for arm, title in names.items()}, "bits a code (a dot a seed)", "Shapes of 8 cells")
+
+# %%
+for L in (4, 8, 16, 64):
+    print(f"L = {L:2}: {1024 / mean('speed', f'calls, L = {L}'):5.1f} times fewer passes, {mean('speed', f'L = {L}'):5.1f} times as fast")
+print(f"rows, 16 clips at once: {mean('speed', 'L = 8, batch 16'):.1f} times as fast")
+
+# %% [markdown]
+# Then they go on alone: four frames given, four made. The Fréchet distance to the same clips' true ends (lower is nearer), and how
+# many of the made frames have a body too many.
+
+# %% tags=["nbval-ignore-output"]
+ways = {"temperature 1": "1", "top-k, top-p": "top", "temperature 0.7": "0.7", "the likeliest": "0"}
+over = lambda metric, scale=1: {title: (list(SHAPES), [scale * mean(f"L = {L}", f"{metric}_{way}") for L in SHAPES])
+                                for title, way in ways.items()}  # fmt: skip
+show.lines(over("frechet"), "cells of a block, L", "Fréchet distance", "What is made freely", log="x")
+
+# %% tags=["nbval-ignore-output"]
+torn = f"Torn (true codes, decoded: {100 * mean('truth', 'torn'):.0f} %)"
+show.lines(over("torn", 100), "cells of a block, L", "made frames with a body too many, %", torn, log="x")
+
+# %%
+show.verdict("nbp")
+
+# %% [markdown]
+# The authors report, on K600 with 5 frames given, an FVD of 29.0 for next tokens, 25.5 for rows of 16 and 67.0 for whole frames,
+# at 11 times the frames a second; their validation loss rises with the block.
+#
+# ## One axis
+#
+# In [block diffusion](../04_block_diffusion.ipynb) the length of a chunk goes from autoregression (one frame) to plain diffusion (all
+# of them). L is the same axis, further down: a token, a row, a frame. The rule of who sees whom is the same one line. What differs
+# is how a block is made. Here in one pass, cell by cell, so a large block tears; there in many, in which its cells come to agree, so
+# a large block is only dear.
+#
+# ## Where next
+#
+# - [04 Block diffusion](../04_block_diffusion.ipynb): the rest of the axis.
+# - [LouisKV](louiskv.ipynb): the cache of a model like this, when it is too long to be read.
+# - [The paper](https://arxiv.org/abs/2502.07737).
