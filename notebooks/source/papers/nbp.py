@@ -13,9 +13,9 @@
 # %% [markdown]
 # # NBP: say a row at a time
 #
-# A model of tokens says one, reads it, says the next: a second of film is a thousand passes. A film isn't a sentence, though. What
-# stands in a cell depends on what stood there a moment ago more than on its left neighbour. So let all cells of a row be said at
-# once, each by the token above it.
+# A model of tokens says one, reads it, says the next: a second of film is a thousand passes. A film isn't a sentence, though.
+# What stands in a cell depends on what stood there a moment ago more than on its left neighbour. So let all cells of a row be
+# said at once, each by the token above it.
 #
 # *Ten minutes, one processor core. A procedure: mask, target and decoding change, the network doesn't.* At the end you can
 # - move any model from next tokens to next blocks by a shift and a mask;
@@ -47,8 +47,8 @@ _ = torch.set_num_threads(1)
 # ## The picture first
 #
 # A frame is 8 × 8 codes of 256 (`tok-q`). Four true frames are given; the fifth fills up, a block at a time. Left, who sees whom
-# among the tokens of two frames: a staircase whose step is L. Middle, the frame after some share of its cells, said by a small
-# model trained with this L (those of the claim below); the blue frame is the next block. **Slide L, then let the frame fill.**
+# among the tokens of two frames: a staircase whose step is L. Right, the frame after some share of its cells, said by a small
+# model trained with this L (those of the claim below); blue cells are the next block. **Slide L, then let the frame fill.**
 
 # %%
 result = claims.read("nbp")["arms"]
@@ -71,36 +71,34 @@ def fifth(L):
     return pixels(made[f"L = {L}, 1"])[0, :, 4].movedim(0, 2) / 2 + 0.5
 
 
+@lru_cache(None)
+def order(L):
+    """Who sees whom among the first 128 tokens, and the cells of a frame in the order in which they are said."""
+    inlet = NextBlock(shape=SHAPES[L]).inlet
+    where = inlet(torch.zeros(1, 1, 1, 128, dtype=torch.long), None, Cond())[1]
+    return visible(where)[0], inlet.cells(torch.arange(64))
+
+
 # %%
-def outlined(ax, cells):
-    """A frame around a box of cells."""
-    r, c = cells // 8, cells % 8
-    size = 4 * (c.max() - c.min() + 1), 4 * (r.max() - r.min() + 1)
-    box = Rectangle((4 * c.min() - 0.5, 4 * r.min() - 0.5), *size, fill=False, ec="#0072B2", lw=2)
-    ax.add_patch(box)
-
-
 def filling(L, filled):
     passes = -(-filled * 64 // (100 * L))  # of this frame, so far
-    said = min(64, passes * L)
-    inlet = NextBlock(shape=SHAPES[L]).inlet
-    sees = visible(inlet(torch.zeros(1, 1, 1, 128, dtype=torch.long), None, Cond())[1])[0]
-    known = torch.zeros(64, dtype=torch.bool)
-    known[inlet.cells(torch.arange(64))[:said]] = True
-    area = known.view(8, 8).repeat_interleave(4, 0).repeat_interleave(4, 1)
-    shown = torch.where(area[..., None], fifth(L), torch.tensor(0.85))
+    sees, cells = order(L)
+    said, ask = torch.zeros(64, dtype=torch.bool), cells[passes * L : passes * L + L]
+    said[cells[: passes * L]] = True
+    area = said.view(8, 8, 1).repeat_interleave(4, 0).repeat_interleave(4, 1)
     torn, bits = 100 * mean(f"L = {L}", "torn_1"), mean(f"L = {L}", "bits")
     told = f"L = {L}: {passes} of {64 // L} passes for this frame; {bits:.2f} bits a code; {torn:.0f} % of made frames torn"
 
     def draw(axes):
         axes[0].imshow(sees, cmap="cividis", vmin=0, vmax=1)
-        axes[0].set(xlabel="token seen", ylabel="token", xticks=(0, 63, 127), yticks=(0, 63, 127))
-        axes[1].imshow(shown.clamp(0, 1), interpolation="nearest")
+        axes[0].set(xlabel="token seen", ylabel="token", xticks=(0, 63, 127), yticks=(0, 63, 127), title=f"L = {L}")
+        axes[1].imshow(torch.where(area, fifth(L), torch.tensor(0.85)).clamp(0, 1), interpolation="nearest")
         axes[1].set_axis_off()
-        if said < 64:
-            outlined(axes[1], inlet.cells(torch.arange(64))[said : said + L])
+        axes[1].set_title(f"{passes} of {64 // L} passes; {bits:.2f} bits a code; {torn:.0f} % torn")
+        for corner in ask.tolist():
+            axes[1].add_patch(Rectangle((4 * (corner % 8) - 0.3, 4 * (corner // 8) - 0.3), 3.6, 3.6, fill=False, ec="#0072B2"))
 
-    return plots.figure(draw, (6.6, 3.3), told, told + ".", (1, 2))
+    return plots.figure(draw, (6.8, 3.4), told, told + ".", (1, 2))
 
 
 # %% tags=["nbval-ignore-output"]
@@ -121,20 +119,20 @@ play.knobs(filling, settled=settled, L=play.Choice(list(SHAPES)), filled=play.In
 #
 # ## The idea
 #
-# Put the cells into an order, cut it into blocks of L, and let what stands at the l-th cell of a block answer for the l-th cell of the
-# *next* block:
+# Put the cells into an order, cut it into blocks of L, and let what stands at the l-th cell of a block answer for the l-th
+# cell of the *next* block:
 #
 # $$p(x) = \prod_m \prod_{l=1}^{L} p(x_{m,l} \mid B_{<m}).$$
 #
-# Two things change in a model of next tokens: the target is L places ahead, and within a block all see each other. With L = 1 nothing
-# changes. The last row of a frame asks for the first row of the next frame.
+# Two things change in a model of next tokens: the target is L places ahead, and within a block all see each other. With L = 1
+# nothing changes. The last row of a frame asks for the first row of the next frame.
 #
-# **The start.** Who asks for the first block? L copies of “begin” would be a hard question. The *hybrid* start says the first L tokens
-# one by one, and then puts L - 1 learnt middle tokens beside the last of them, so that L inputs ask for block 2:
+# **The start.** Who asks for the first block? L copies of “begin” would be a hard question. The *hybrid* start says the first
+# L tokens one by one, and then puts L - 1 learnt middle tokens beside the last of them, so that L inputs ask for block 2:
 
 # %%
 def layout(n, L, hybrid=True):
-    """What is fed at each place, its block, and which token it asks for."""
+    """What is fed at each place, its block, and what it asks for."""
     source, number = paper.sources(n, L, hybrid).tolist(), paper.numbers(torch.arange(n), L, hybrid).tolist()
     name = lambda s: f"x{s + 1}" if s >= 0 else "BOV" if s == -1 else f"m{-1 - s}"
     rows = {"fed": [name(s) for s in source], "block": number, "asks for": [f"x{i + 1}" for i in range(n)]}
@@ -174,8 +172,9 @@ plots.figure(shapes, (8.2, 1.9), "shapes of a block", alt, (1, 3))
 #
 # ## What a trained model looks at
 #
-# The package's own `codes` is a next-block model with rows. Four frames of a clip, one layer, its heads. The steps of the staircase
-# are rows; the bright **diagonals** one frame apart ask what stood here before, bright **columns** are tokens that everyone reads.
+# The package's own `codes` is a next-block model with rows. Four frames of a clip, one layer, its heads. The steps of the
+# staircase are rows; the bright **diagonals** one frame apart ask what stood here before, bright **columns** are tokens that
+# everyone reads.
 
 # %% tags=["nbval-ignore-output"]
 codes_model = weights.load("codes")
@@ -224,7 +223,7 @@ for L in (8, 64):
     faster = measure.ratio(say(1), say(L), 5).median
     print(f"L = {L:2}: {faster:.1f} times as fast; passes {128} : {paper.steps(128, L)}")
 slow = measure.ratio(say(1, lambda room: Cache()), say(1), 5).median
-print(f"A cache that puts its entries together at each step makes next tokens {slow:.1f} times as slow. That would flatter blocks.")
+print(f"With a cache that joins its entries at each step, next tokens take {slow:.1f} times as long: that would flatter blocks.")
 
 # %% [markdown]
 # ## Exercise
@@ -285,7 +284,8 @@ print("cached codes are those computed anew:", torch.equal(*both))
 
 # %% tags=["nbval-ignore-output"]
 marks = (200, 400, 600)
-curves = {f"L = {L}": ([*marks, 800], [*[mean(f"L = {L}", f"bits_{i}") for i in marks], mean(f"L = {L}", "bits")]) for L in SHAPES}
+bits = lambda arm: [*[mean(arm, f"bits_{i}") for i in marks], mean(arm, "bits")]
+curves = {f"L = {L}": ([*marks, 800], bits(f"L = {L}")) for L in SHAPES}
 show.lines(curves, "steps", "bits a code, given four frames", f"By frequency alone: {mean('truth', 'unigram'):.1f} bits")
 
 # %% [markdown]
@@ -293,16 +293,18 @@ show.lines(curves, "steps", "bits a code, given four frames", f"By frequency alo
 
 # %% tags=["nbval-ignore-output"]
 names = {"L = 8": "a row", "patch": "2 x 4 cells", "two frames": "half a row of two frames"}
-show.bars({title: result[arm]["values"]["bits"] for arm, title in names.items()}, "bits a code (a dot a seed)", "Shapes of 8 cells")
+bars = {title: result[arm]["values"]["bits"] for arm, title in names.items()}
+show.bars(bars, "bits a code (a dot a seed)", "Shapes of 8 cells")
 
 # %%
 for L in (4, 8, 16, 64):
-    print(f"L = {L:2}: {1024 / mean('speed', f'calls, L = {L}'):5.1f} times fewer passes, {mean('speed', f'L = {L}'):5.1f} times as fast")
+    fewer, faster = 1024 / mean("speed", f"calls, L = {L}"), mean("speed", f"L = {L}")
+    print(f"L = {L:2}: {fewer:5.1f} times fewer passes, {faster:5.1f} times as fast")
 print(f"rows, 16 clips at once: {mean('speed', 'L = 8, batch 16'):.1f} times as fast")
 
 # %% [markdown]
-# Then they go on alone: four frames given, four made. The Fréchet distance to the same clips' true ends (lower is nearer), and how
-# many of the made frames have a body too many.
+# Then they go on alone: four frames given, four made. The Fréchet distance to the same clips' true ends (lower is nearer), and
+# how many of the made frames have a body too many.
 
 # %% tags=["nbval-ignore-output"]
 ways = {"temperature 1": "1", "top-k, top-p": "top", "temperature 0.7": "0.7", "the likeliest": "0"}
@@ -323,10 +325,10 @@ show.verdict("nbp")
 #
 # ## One axis
 #
-# In [block diffusion](../04_block_diffusion.ipynb) the length of a chunk goes from autoregression (one frame) to plain diffusion (all
-# of them). L is the same axis, further down: a token, a row, a frame. The rule of who sees whom is the same one line. What differs
-# is how a block is made. Here in one pass, cell by cell, so a large block tears; there in many, in which its cells come to agree, so
-# a large block is only dear.
+# In [block diffusion](../04_block_diffusion.ipynb) the length of a chunk goes from autoregression (one frame) to plain
+# diffusion (all of them). L is the same axis, further down: a token, a row, a frame. The rule of who sees whom is the same one
+# line. What differs is how a block is made. Here in one pass, cell by cell, so a large block tears; there in many, in which
+# its cells come to agree, so a large block is only dear.
 #
 # ## Where next
 #
