@@ -18,7 +18,8 @@ in motions that training lacks), and of one number for each cell that decides wh
    than the scene has bodies, "lost" of those with fewer; "count": right number, a share of clips; "shape", "colour": shares of
    bodies; "astray": a body's displacement from frame to frame less the true one, in pixels (bodies are found by their colour).
    _1, _0.7, _0: temperature, 0 takes the likeliest; _top: the paper's filter at temperature 1 (a quarter of the codes, of these
-   the fewest that hold 0.9). "truth" is the true codes decoded, its frechet that between two draws of 256 clips.
+   the fewest that hold 0.9). "truth" is the true codes decoded, its frechet that between two draws of 256 clips;
+   "still" is the last given frame for ever.
 """
 
 import json
@@ -179,6 +180,13 @@ def truth(seed, fast):
     return values | {"unigram": entropy(codes[:, GIVEN:], 256), "stay": stay}
 
 
+def still(seed, fast):
+    """The last given frame for ever."""
+    scenes, codes = held(seed, fast)
+    clips, true = decoded(torch.cat([codes[:, :GIVEN], codes[:, GIVEN - 1 : GIVEN].expand_as(codes[:, GIVEN:])], 1)), decoded(codes)
+    return looked_at(clips, scenes) | ({} if fast else {"frechet": frechet(features(clips), features(true))})
+
+
 @torch.no_grad()
 def speed(seed, fast):
     """How many times as long next tokens take, from nothing and after four given frames, and passes of the model for each."""
@@ -201,9 +209,11 @@ def speed(seed, fast):
 # --- what is decided before the run ---------------------------------------------------------------------------------------
 
 TIMED = [*SIZES[1:], *(f"{name}, given" for name in SIZES[1:]), "L = 8, batch 16"]
-ARMS = {**{name: Arm(arm, FILES, shape=list(SHAPES[name])) for name in SIZES},
-        **{name: Arm(arm, FILES, shape=list(SHAPES[name]), ways=["1"]) for name in ("patch", "two frames")},
-        "truth": Arm(truth, FILES), "speed": Arm(speed)}  # fmt: skip
+ONE = ["1"]
+ARMS = {**{name: Arm(arm, FILES, shape=list(SHAPES[name])) for name in SIZES if name != "L = 16"},
+        "patch": Arm(arm, FILES, shape=list(SHAPES["patch"]), ways=ONE), "truth": Arm(truth, FILES), "still": Arm(still, FILES),
+        "speed": Arm(speed), "two frames": Arm(arm, FILES, shape=list(SHAPES["two frames"]), ways=ONE),
+        "L = 16": Arm(arm, FILES, shape=list(SHAPES["L = 16"]))}  # fmt: skip
 
 
 def less(metric, method, baseline, margin, counts=True):
