@@ -183,7 +183,9 @@ def truth(seed, fast):
 def still(seed, fast):
     """The last given frame for ever."""
     scenes, codes = held(seed, fast)
-    clips, true = decoded(torch.cat([codes[:, :GIVEN], codes[:, GIVEN - 1 : GIVEN].expand_as(codes[:, GIVEN:])], 1)), decoded(codes)
+    clips, true = (
+        decoded(torch.cat([codes[:, :GIVEN], codes[:, GIVEN - 1 : GIVEN].expand_as(codes[:, GIVEN:])], 1)), decoded(codes),
+    )  # fmt: skip
     return looked_at(clips, scenes) | ({} if fast else {"frechet": frechet(features(clips), features(true))})
 
 
