@@ -88,14 +88,14 @@ def clips(recipe: str, n: int, size: int = 32, frames: int = 17, seed: int = 0, 
     return _kept(f"{recipe}-{split}-{seed}-{n}x{frames}x{size}-{mark}", (n, 3, frames, size, size), np.uint8, parts, len(jobs))
 
 
-def by_all_cores(name: str, shape: tuple[int, ...], function: Callable, jobs: list) -> Tensor:
+def by_all_cores(name: str, shape: tuple[int, ...], function: Callable, jobs: list, dtype=np.int64) -> Tensor:
     """The array (integers) of what `function` says of every job, made by all cores once and then kept."""
 
     def parts():
         with multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
             yield from (part[None] for part in pool.imap(function, jobs, 256))
 
-    return torch.from_numpy(np.array(_kept(name, shape, np.int64, parts, len(jobs))))
+    return torch.from_numpy(np.array(_kept(name, shape, dtype, parts, len(jobs))))
 
 
 def captions(recipe: str, n: int, seed: int = 0, split: str = "train", length: int = 16) -> Tensor:

@@ -45,11 +45,13 @@ def figure(
 
 
 def bars(
-    values: Mapping[str, Number | Sequence[Number]], label: str, caption: str = "", *, digits: int = 3, alt: str = ""
-) -> Picture:
+    values: Mapping[str, Number | Sequence[Number]], label: str, caption: str = "", *, digits: int = 3, colours: int = len(CYCLE),
+    alt: str = "",
+) -> Picture:  # fmt: skip
     """A horizontal bar a name, its value written at its end. A list gives the mean, and a dot for each of its values.
 
-    label   name and unit of what is measured
+    label    name and unit of what is measured
+    colours  so many take turns: 2 for bars that come in pairs
     """
     each = {name: np.atleast_1d(np.asarray(v, float)) for name, v in values.items()}
     _finite(each)
@@ -58,7 +60,7 @@ def bars(
     def draw(ax: Any) -> None:
         ends = [max(float(v.max()), 0.0) for v in each.values()]
         for i, (name, v) in enumerate(each.items()):
-            ax.barh(i, v.mean(), color=CYCLE[i % len(CYCLE)], height=0.62)
+            ax.barh(i, v.mean(), color=CYCLE[i % colours], height=0.62)
             if len(v) > 1:
                 ax.plot(v, np.full(len(v), i), "o", ms=5, mfc="white", mec=INK)
             ax.annotate(written[name], (ends[i], i), (5, 0), textcoords="offset points", va="center")

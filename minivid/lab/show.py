@@ -275,6 +275,7 @@ def verdict(slug: str) -> Markdown:
     """A measured claim in words: verdict and outcome, each test that counts with its verdict, and where the paper differs."""
     result = claims.read(slug)
     rows = [f"| {test['claim']} | {test['verdict']} |" for test in result["tests"] if test["counts"]]
-    said = [f"**{result['verdict']}**, {len(result['seeds'])} seeds. {claims.outcome(slug)}", ""]
+    outcome = claims.outcome(slug)
+    said = [f"**{result['verdict']}**, {len(result['seeds'])} seeds. {outcome[:1].upper()}{outcome[1:]}", ""]
     table = ["| decided before the run | verdict |", "|---|---|", *rows, ""]
     return Markdown("\n".join([*said, *table, f"Where we differ: {papers.find(slug).card().differs}"]))

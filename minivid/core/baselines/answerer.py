@@ -4,12 +4,14 @@
 
 What is unusual here: 1,024 visual tokens (16 frames x 8 x 8 patches of 4 x 4 pixels) come first and can't see the
 question, so their keys and values are computed once, kept in a cache, and serve every question (`watch`, then
-`answer`). That cache is the large thing in memory, which is why it is worth compressing.
+`answer`). That cache is the large thing in memory, which is why it is worth compressing. Before the trunk an eye of two
+small convolutions looks at each patch's neighbours in its frame.
 """
 
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ class Answerer(nn.Module):
     def __init__(self, d: int = 96, depth: int = 3, heads: int = 3, patch: int = 4):
         super().__init__()
         self.patch, self.project = patch, nn.Linear(3 * patch * patch, d)
+        self.near = nn.ModuleList(nn.Conv2d(d, d, 3, padding=1) for _ in range(2))
         self.word, self.slot = nn.Embedding(VOCABULARY, d), nn.Parameter(0.5 * torch.randn(d))
         nn.init.normal_(self.word.weight, std=0.5)
         self.trunk = Trunk(d, depth, heads, text=False)
@@ -55,7 +58,10 @@ class Answerer(nn.Module):
         patches = rearrange(clip, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p)
         where = grid(f, h, w, device=clip.device)
         at = where.coords * torch.tensor([every, 1, 1], device=clip.device) + torch.tensor([start, 0, 0], device=clip.device)
-        return self.project(patches), replace(where, coords=at)
+        x = rearrange(self.project(patches), "b (f h w) d -> (b f) d h w", f=f, h=h)
+        for near in self.near:
+            x = x + near(F.gelu(x))
+        return rearrange(x, "(b f) d h w -> b (f h w) d", f=f), replace(where, coords=at)
 
     def hear(self, question: Int[Tensor, "b l"]) -> tuple[Tensor, Where]:
         """The slot and the words of the question, `b 1+l d`, and their places."""
@@ -65,13 +71,17 @@ class Answerer(nn.Module):
         block = torch.cat([torch.ones_like(question[:, :1]), 1 + (question == PAD).long()], 1)
         return vectors, Where(coords, block)
 
-    def watch(self, clip: Float[Tensor, "b 3 f h w"], cache, start: int = 0, every: int = 1) -> None:
-        """Fill the cache with the keys and values of the clip (block 0). start, every: numbers of its frames, see `see`."""
+    def watch(self, clip: Float[Tensor, "b 3 f h w"], cache, start: int = 0, every: int = 1) -> tuple[Tensor, Tensor]:
+        """Fill the cache with the keys and values of the clip (block 0). start, every: numbers of its frames, see `see`.
+
+        Returns the visual tokens `b n d` before the trunk and after it.
+        """
         tokens, where = self.see(clip, start, every)
         cache.open(0, Cond())
         cache.writing = True
-        self.trunk(tokens, Context(where, cache=cache))
+        out = self.trunk(tokens, Context(where, cache=cache))
         cache.close(0)
+        return tokens, out
 
     def answer(self, question: Int[Tensor, "b l"], cache) -> Float[Tensor, "b words"]:
         """Logits of the answer to a question about the clip in the cache, which stays as it is."""
