@@ -20,7 +20,7 @@
 # *Ten minutes, one processor core. A procedure: mask, target and decoding change, the network doesn't.* At the end you can
 # - move any model from next tokens to next blocks by a shift and a mask;
 # - say what a block costs in bits, what it saves in passes, and why these are not the same price;
-# - see on a made frame that its cells were drawn without asking each other.
+# - say what the cells of a block can't know of each other, and when that matters.
 
 # %%
 from functools import lru_cache
@@ -53,7 +53,7 @@ _ = torch.set_num_threads(1)
 # %%
 result = claims.read("nbp")["arms"]
 mean = lambda arm, metric: fmean(result[arm]["values"][metric])
-made, _ = weights.read("papers/nbp.safetensors")
+made, _ = weights.read("nbp.safetensors")
 tokenizer = weights.load("tok-q")
 SHAPES = {1: (1, 1, 1), 4: (1, 1, 4), 8: (1, 1, 8), 16: (1, 2, 8), 64: (1, 8, 8)}
 
@@ -198,8 +198,8 @@ show.attention(seen["maps"][2], 4, "Who reads what (layer 2)", titles=[f"head {i
 # ## What a block can't know
 #
 # Cells of a block are drawn without asking each other. If the ball may be here or there, each cell decides for itself: half a
-# ball here, half there, or two. Sharper draws (a lower temperature, or the paper's top-p of 0.9) make all take the likelier
-# side; then L hardly matters. Below, four frames given, four made, the same random number in every cell:
+# ball here, half there, or two. But *may* it? Four frames have shown which way it goes. Below, four frames given, four made, the
+# same random number in every cell. **Predict** which L tears bodies most, then look; *the likeliest* draws without dice.
 
 # %% tags=["nbval-ignore-output"]
 CLIP = 0
@@ -280,7 +280,7 @@ print("cached codes are those computed anew:", torch.equal(*both))
 # ## The claim
 #
 # Five twins with the same parameters, steps and clips, three seeds, trained from scratch. First, how many bits a true code costs,
-# as training goes on. By theory L = 1 must win in the end: it knows all that larger blocks know, and more.
+# as training goes on. By theory L = 1 must win: it sees all that larger blocks see, and more.
 
 # %% tags=["nbval-ignore-output"]
 marks = (200, 400, 600)
@@ -289,6 +289,9 @@ curves = {f"L = {L}": ([*marks, 800], bits(f"L = {L}")) for L in SHAPES}
 show.lines(curves, "steps", "bits a code, given four frames", f"By frequency alone: {mean('truth', 'unigram'):.1f} bits")
 
 # %% [markdown]
+# It doesn't, not after 800 steps: whole frames cost least. What counts so far is what is easy to learn. A whole frame's cell is
+# asked for by *the same cell of the frame before*, a row's by the cell above, a single token's by its left neighbour; in a world
+# that moves by parts of a cell, the first of these nearly is the answer, and the others have to look for it. The lead shrinks.
 # Shapes at L = 8, and speed: 1,024 tokens from nothing, beside the passes that are saved.
 
 # %% tags=["nbval-ignore-output"]
@@ -304,7 +307,8 @@ print(f"rows, 16 clips at once: {mean('speed', 'L = 8, batch 16'):.1f} times as 
 
 # %% [markdown]
 # Then they go on alone: four frames given, four made. The Fréchet distance to the same clips' true ends (lower is nearer), and
-# how many of the made frames have a body too many.
+# how many of the made frames have a body too many. It follows the bits: straight motion, once seen, leaves cells little to
+# agree on, so what is wrong is what the models don't know, and 256 draws in a row add more to that than four.
 
 # %% tags=["nbval-ignore-output"]
 ways = {"temperature 1": "1", "top-k, top-p": "top", "temperature 0.7": "0.7", "the likeliest": "0"}
@@ -327,8 +331,8 @@ show.verdict("nbp")
 #
 # In [block diffusion](../04_block_diffusion.ipynb) the length of a chunk goes from autoregression (one frame) to plain
 # diffusion (all of them). L is the same axis, further down: a token, a row, a frame. The rule of who sees whom is the same one
-# line. What differs is how a block is made. Here in one pass, cell by cell, so a large block tears; there in many, in which
-# its cells come to agree, so a large block is only dear.
+# line. What differs is how a block is made: here in one pass, each cell for itself; there in many, in which its cells come to
+# agree, so that a large block is dear.
 #
 # ## Where next
 #
