@@ -1,7 +1,7 @@
 """Go on with held-out clips by the models of the claim `nbp`, seed 0: python scripts/make_nbp.py
 
-writes notebooks/papers/nbp.safetensors: codes `4 8 8 8` in bytes, "arm, way" (see the claim), and "true". The models are read from
-the claim's checkpoints where they are, else trained anew, two minutes each on one core.
+writes notebooks/papers/nbp.safetensors: codes `4 8 8 8` in bytes, "arm, way" (see the claim), and "true". The models are read
+from the claim's checkpoints where they are, else trained anew, two minutes each on one core.
 """
 
 from pathlib import Path

@@ -21,17 +21,17 @@ in motions that training lacks), and of one number for each cell that decides wh
    the fewest that hold 0.9). "truth" is the true codes decoded, its frechet that between two draws of 256 clips;
    "still" is the last given frame for ever.
 
-Outcome: the time is as promised, the order isn't. A token costs most with blocks of 4 (2.10 bits) and least with whole frames
-(1.77; next tokens 1.91, rows 1.88), though who sees more can't know less: after 800 steps what counts is
-what is easy to learn. A whole frame's cell is asked for by the same cell of the frame before, a row's by the cell above, a next
-token's by the cell to the left; in a world that moves by a fraction of a cell the first of these nearly is the answer. At 200
-steps whole frames lead by 0.44 bits, at 800 by 0.14. Shapes are as foreseen: rows cost 9 % less than patches and 23 % less than
-half rows of two frames, whose second frame can't see the first. Rows are 6.4 times as fast as single tokens (7.6 times fewer
-passes), 4.6 times at batch 16; whole frames, once four are given, 25 times (64). What is made freely follows the bits, not the
-block: whole frames are a third nearer to the true clips, and tear no more often (4 frames in 100; single tokens 7). Straight
-motion that four frames have shown leaves cells little to agree on; what is wrong is what these small models don't know, and 256
-draws in a row add more to it than four. Patches draw no worse than rows as far as three seeds can tell. A still picture is far
-off (18.9 where these have 5 to 9).
+Outcome: the time is as promised, the order isn't. Of runs a token costs most with blocks of 4 (2.10 bits) and least with whole
+frames (1.77; next tokens 1.91, rows 1.88), though who sees more can't know less: after 800 steps what counts is what is easy to
+learn. A whole frame's cell is asked for by the same cell of the frame before, a row's by the cell above, a next token's by the
+cell to the left; in a world that moves by a fraction of a cell the first of these nearly is the answer. At 200 steps whole
+frames lead by 0.44 bits, at 800 by 0.14. Shapes are as foreseen: rows cost 9 % less than patches and 23 % less than half rows
+of two frames, whose second frame can't see the first. Rows are 6.4 times as fast as single tokens (7.6 times fewer passes), 4.6
+times at batch 16; whole frames, once four are given, 25 times (64). What is made freely follows the bits, not the block: whole
+frames are a third nearer to the true clips, and tear no more often (4 frames in 100; single tokens 7). Straight motion that
+four frames have shown leaves cells little to agree on; what is wrong is what these small models don't know, and 256 draws in a
+row add more to it than four. Patches draw no worse than rows as far as three seeds can tell. A still picture is far off (18.9
+where these have 5 to 9).
 """
 
 import json

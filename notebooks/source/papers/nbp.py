@@ -58,6 +58,7 @@ tokenizer = weights.load("tok-q")
 SHAPES = {1: (1, 1, 1), 4: (1, 1, 4), 8: (1, 1, 8), 16: (1, 2, 8), 64: (1, 8, 8)}
 
 
+# %%
 @torch.no_grad()
 def pixels(codes):
     """Codes `b f 8 8` as clips in [-1, 1]."""
@@ -91,10 +92,11 @@ def filling(L, filled):
 
     def draw(axes):
         axes[0].imshow(sees, cmap="cividis", vmin=0, vmax=1)
-        axes[0].set(xlabel="token seen", ylabel="token", xticks=(0, 63, 127), yticks=(0, 63, 127), title=f"L = {L}")
+        axes[0].set(xlabel="token seen", ylabel="token", xticks=(0, 63, 127), yticks=(0, 63, 127))
+        axes[0].set_title(f"L = {L}: {bits:.2f} bits a code")
         axes[1].imshow(torch.where(area, fifth(L), torch.tensor(0.85)).clamp(0, 1), interpolation="nearest")
         axes[1].set_axis_off()
-        axes[1].set_title(f"{passes} of {64 // L} passes; {bits:.2f} bits a code; {torn:.0f} % torn")
+        axes[1].set_title(f"{passes} of {64 // L} passes; {torn:.0f} % torn")
         for corner in ask.tolist():
             axes[1].add_patch(Rectangle((4 * (corner % 8) - 0.3, 4 * (corner // 8) - 0.3), 3.6, 3.6, fill=False, ec="#0072B2"))
 
@@ -173,8 +175,8 @@ plots.figure(shapes, (8.2, 1.9), "shapes of a block", alt, (1, 3))
 # ## What a trained model looks at
 #
 # The package's own `codes` is a next-block model with rows. Four frames of a clip, one layer, its heads. The steps of the
-# staircase are rows; the bright **diagonals** one frame apart ask what stood here before, bright **columns** are tokens that
-# everyone reads.
+# staircase are rows; the bright **diagonals** one frame apart ask what stood here before, those two apart how it moves, the dots
+# beside the main diagonal what is close by.
 
 # %% tags=["nbval-ignore-output"]
 codes_model = weights.load("codes")
