@@ -116,7 +116,7 @@ class Notebook:
         return self.page.locator(PICTURE).nth(number).get_attribute("src")
 
     def captions(self) -> list[str]:
-        return self.page.locator(CAPTION).all_inner_texts()
+        return self.page.locator(CAPTION).all_text_contents()  # also of cells that are out of sight
 
     def readout(self, number: int = 0) -> str:
         return self.page.locator(".widget-readout").nth(number).inner_text()

@@ -34,7 +34,7 @@ def test_the_attention_explorer_of_chapter_05(tmp_path):
         head = page.locator("img.widget-image").first  # on the board: the first head of the first layer
         head.click(position={"x": 80, "y": 30})
         page.wait_for_function(
-            "css => [...document.querySelectorAll(css)].some(x => x.innerText.includes('Layer 0, head 0'))", arg=lab.CAPTION
+            "css => [...document.querySelectorAll(css)].some(x => x.textContent.includes('Layer 0, head 0'))", arg=lab.CAPTION
         )
         assert page.problems == []
 
