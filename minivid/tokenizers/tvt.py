@@ -255,7 +255,7 @@ def merged(model: nn.Module) -> nn.Module:
 
 def one_step(model: Callable, path: Path, z: Float[Tensor, "b c f h w"], t: float, cond: Cond) -> Float[Tensor, "b c f h w"]:
     """The clean latent as one call at time t implies it: the generator as a corrector of a latent that is nearly clean."""
-    at = torch.full((len(z), z.shape[2]), t).to(z)
+    at = torch.full((len(z), z.shape[2]), t, dtype=z.dtype, device=z.device)
     return path.clean(z, at, model(z, at, cond))
 
 
