@@ -96,7 +96,7 @@ class Reader(nn.Sequential):
 
 def fresh(seed: int, *widths: int) -> Compact:
     torch.manual_seed(seed)
-    return Compact(widths, (1, 2)).to(memory_format=torch.channels_last)
+    return Compact(widths, (1, 2))
 
 
 def denoiser(seed: int = 0) -> UNet:

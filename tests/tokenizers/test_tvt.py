@@ -36,11 +36,11 @@ def clip(b=2, f=1, h=32, w=24, seed=0):
     return torch.rand(b, 3, f, h, w, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def unet(seed=0, opened=True):
-    """A small image U-Net; `opened`: with its zero-initialised layers moved."""
+def unet(seed=0):
+    """A small image U-Net whose zero-initialised layers were moved."""
     torch.manual_seed(seed)
     model = UNet(4, (8, 16), (1, 1), (2, 2), time=False, d=16)
-    for p in model.parameters() if opened else ():
+    for p in model.parameters():
         p.data.add_(0.1 * torch.randn(p.shape))
     return model.eval().requires_grad_(False)
 
@@ -274,7 +274,7 @@ def test_vsd_on_quarters_is_a_gradient_of_the_whole_latent():
 
 
 def test_in_an_adapted_outer_stage_the_old_network_learns_by_lora_alone():
-    inner = unet(opened=False)
+    inner = unet()
     model = paper.adapted(Outer(inner, 16), torch.Generator().manual_seed(0))
     learnt = {name for name, p in model.named_parameters() if p.requires_grad}
     own = {name for name in learnt if not name.startswith("inner.")}
