@@ -24,6 +24,7 @@
 
 # %%
 from functools import lru_cache
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -162,12 +163,11 @@ decoders = ("D8", "D4 TVT", "D4 scratch")
 
 
 def grid(axes):
-    for row, encoder in zip(axes.reshape(3, 3), z, strict=True):
-        for ax, decoder in zip(row, decoders, strict=True):
-            back = drawn(encoder, decoder)
-            four = torch.cat(list(back[:4, :, 0]), -1)  # side by side
-            ax.imshow((four.permute(1, 2, 0) + 1) / 2, interpolation="nearest"), ax.set_axis_off()
-            ax.set_title(f"{encoder} → {decoder}: {psnr(back, unseen).mean():.1f} dB", fontsize=9)
+    for ax, (encoder, decoder) in zip(axes, product(z, decoders), strict=True):
+        back = drawn(encoder, decoder)
+        four = torch.cat(list(back[:4, :, 0]), -1)  # side by side
+        ax.imshow((four.permute(1, 2, 0) + 1) / 2, interpolation="nearest"), ax.set_axis_off()
+        ax.set_title(f"{encoder} → {decoder}: {psnr(back, unseen).mean():.1f} dB", fontsize=9)
 
 
 alt = "Nine rows of four pictures: E8 and TVT's encoder are read by D8 and by TVT's decoder, the fresh one only by its own."
@@ -262,7 +262,8 @@ assert gap < 1e-5
 # ## Exercise
 #
 # Super-resolution takes a single step: the latent $z$ of the enlarged bad picture is treated as nearly clean, at a small
-# time. The network says the noise in it. Complete `clean`: solve $z = \sqrt{\bar\alpha}\,x_0 + \sqrt{1-\bar\alpha}\,\epsilon$ for $x_0$.
+# time. The network says the noise in it. Complete `clean`:
+# solve $z = \sqrt{\bar\alpha}\,x_0 + \sqrt{1-\bar\alpha}\,\epsilon$ for $x_0$.
 
 # %% tags=["exercise"]
 
