@@ -68,7 +68,7 @@ def both_sizes(i):
 
 # %%
 old = vae(0, 32, 64, 64)
-train(old, lambda clip, generator: tvt.second(old, clip, generator), both_sizes, 300)
+train(old, lambda clip, generator: tvt.second(old, clip, generator), both_sizes, 250)
 old.settle(up2(seen))
 _ = old.requires_grad_(False)
 lost = old.decode(old.encode(unseen))
@@ -105,7 +105,7 @@ show.clips([row(unseen), row(lost), row(doubled)], titles)
 show.source(tvt.first, tvt.second, tvt.transfer)
 
 # %% [markdown]
-# Now two 4x VAEs of one shape and one seed, 250 steps for every half: by these two steps, and fresh, as usual ("scratch").
+# Now two 4x VAEs of one shape and one seed, 200 steps for every half: by these two steps, and fresh, as usual ("scratch").
 
 # %%
 with torch.no_grad():
@@ -118,16 +118,17 @@ def lessons(i):
 
 
 moved, scratch = vae(1, 32, 64), vae(1, 32, 64)
-tvt.transfer(moved, old, lessons, 250)
+tvt.transfer(moved, old, lessons, 200)
 scratch.scale.copy_(old.scale)
-train(scratch, lambda batch, generator: tvt.second(scratch, batch[0], generator), lessons, 250)
+train(scratch, lambda batch, generator: tvt.second(scratch, batch[0], generator), lessons, 200)
 with torch.no_grad():
     backs = {"TVT": moved.decode(moved.encode(unseen)), "scratch": scratch.decode(scratch.encode(unseen))}
 titles = ["pictures", *(f"{name}: {psnr(back, unseen).mean():.1f} dB" for name, back in backs.items())]
 show.clips([row(unseen), *map(row, backs.values())], titles)
 
 # %% [markdown]
-# (The digits themselves would take longer than a lesson may train.) Both keep more than the old VAE. Any 4x VAE would: it has four times the numbers. The point is what the numbers *mean*.
+# Both keep more than the old VAE, though digits would take longer than a lesson may train. Any 4x VAE keeps more: it has four
+# times the numbers. The point is what the numbers *mean*.
 #
 # ## Who understands whom?
 #
@@ -221,8 +222,8 @@ play.knobs(panel, settled=settled, encoder=play.Choice(["E4 TVT", "E8(up2)", "E4
 # %% [markdown]
 # ## Predict, then run
 #
-# Why freeze $D_4$ in the second step? And why listen through a decoder at all, if the wanted latents $E_8(\mathrm{up2}\,x)$ are at
-# hand? Two more encoders, from the same start: in one pair the decoder of step 1 goes on learning ("thawed"), the other
+# Why freeze $D_4$ in the second step? And why listen through a decoder at all, if the wanted latents $E_8(\mathrm{up2}\,x)$
+# are at hand? Two more encoders, from the same start: in one pair the decoder of step 1 goes on learning ("thawed"), the other
 # encoder is simply told its latents (squared distance) and reads through TVT's decoder. **Predict:** what does D8 make of each?
 
 # %%
@@ -234,8 +235,8 @@ def pair():
 
 
 thawed, told = pair(), pair()
-train(thawed, lambda batch, generator: tvt.second(thawed, batch[0], generator), lessons, 250, seed=1)
-train(told.encoder, lambda batch, _: F.mse_loss(told.scale * told.posterior(batch[0])[0], batch[1]), lessons, 250, seed=1)
+train(thawed, lambda batch, generator: tvt.second(thawed, batch[0], generator), lessons, 200, seed=1)
+train(told.encoder, lambda batch, _: F.mse_loss(told.scale * told.posterior(batch[0])[0], batch[1]), lessons, 200, seed=1)
 for name, new in {"TVT": moved, "thawed": thawed, "told": told}.items():
     with torch.no_grad():
         latent = new.encode(unseen)
