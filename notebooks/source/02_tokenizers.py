@@ -289,7 +289,8 @@ show.bars({name: arms[how]["values"]["ratio"] for name, how in kinds_of_4x.items
           "error of the denoiser, relative to old latents", "Who lives where the generator lives?")  # fmt: skip
 
 # %% [markdown]
-# A latent space is more than its statistics: the fresh tokenizer has the same mean and spread in every channel, and is a stranger.
+# A latent space is more than its statistics: the fresh tokenizer has the same mean and spread in every channel, and is a
+# stranger.
 #
 # ## The papers of this chapter
 
