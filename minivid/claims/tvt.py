@@ -40,9 +40,9 @@ from minivid.training.recipe import pick
 from minivid.world.parts import Texture
 from minivid.world.scores import edge_f1, psnr
 
-BATCH, LEARN = 16, (4096, 16)  # full, fast
+BATCH, LEARN = 8, (4096, 16)  # full, fast
 HELD = (512, 8)
-STEPS, OLD, DENOISER, READER = (800, 2), (1600, 2), (1500, 2), (600, 2)
+STEPS, OLD, DENOISER, READER = (800, 2), (2000, 2), (1500, 2), (600, 2)
 WEIGHT = 1.0  # of the distance to the old latents, in "joint"
 PATH = noise.preserving("noise")
 
@@ -133,7 +133,7 @@ def shared_parts(fast: bool) -> dict[str, nn.Module]:
         t = fit.uniform(len(z), 1, generator=generator)
         return noise.loss(model, PATH, z, t, Cond(), fit.normal(*z.shape, generator=generator)).mean()
 
-    paper.train(model, noisy, lambda i: z[pick(i, len(z), 32)], DENOISER[fast], 2e-3)
+    paper.train(model, noisy, lambda i: z[pick(i, len(z), 2 * BATCH)], DENOISER[fast], 2e-3)
 
     def lesson(i):  # the place is known to a pixel or so
         rows = pick(i, len(values), 64)
