@@ -281,6 +281,7 @@ def test_in_an_adapted_outer_stage_the_old_network_learns_by_lora_alone():
     inside = {name.removeprefix("inner.") for name in learnt - own}
     assert {name.split(".")[0] for name in own} == {"enter", "down", "up", "leave"}
     assert all(".down." in name or ".up." in name or name.split(".")[0] in ("enter", "leave") for name in inside)
+    assert {"enter", "leave"} <= {name.split(".")[0] for name in inside}  # they are new: widened
     before, z, t = state(inner), latent(h=16, w=16), torch.tensor([0.3, 0.6])
     model(z, t, told()).sub(z).square().mean().backward()
     assert model.leave.weight.grad.abs().sum() > 0 and not moved(inner, before)
