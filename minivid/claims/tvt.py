@@ -29,7 +29,7 @@ which may be what the decibels come from). A fresh VAE behind the best affine ma
 nearly as near as TVT: much of what parts two latent spaces here is a change of axes. Freezing the decoder matters: where it goes
 on learning, the picture gains 0.9 dB and the ratio rises to 4.3, that of a stranger. Digits stay hard for all after so short a
 training (27 % are read, 10 % after the 8x VAE), and doubled frames through the untouched 8x VAE, at four times its arithmetic,
-are as good as TVT (29.2 dB, 23 %). The outer stage serves the fine grid at 2.05 times the work of the coarse one; without it, 5.8.
+are as good as TVT (29.2 dB, 23 %). The outer stage does the fine grid at 2.05 times the work of the coarse one; without it, 5.8.
 """
 
 from collections.abc import Callable

@@ -209,8 +209,9 @@ class Outer(nn.Module):
         super().__init__()
         c, time = inner.channels, inner.time.fc2.out_features
         self.channels, self.inner = c, copy.deepcopy(inner)
-        self.inner.enter, self.inner.leave, self.inner.channels = widened(inner.enter, (d, inner.enter.out_channels)), widened(
-            inner.leave, (inner.leave.in_channels, d)), d  # fmt: skip
+        self.inner.enter, self.inner.leave, self.inner.channels = (
+            widened(inner.enter, (d, inner.enter.out_channels)), widened(inner.leave, (inner.leave.in_channels, d)), d
+        )  # fmt: skip
         self.enter, self.leave = nn.Conv2d(c, d, 3, padding=1), nn.Conv2d(d, c, 3, padding=1)
         self.down, self.up = Pair((d, d), time, time, False, False), Pair((2 * d, d), time, time, False, False)
         with torch.no_grad():
