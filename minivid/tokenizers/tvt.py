@@ -1,6 +1,6 @@
 """TVT: build a finer VAE inside the latent space of an old one, so that the generator that lives there needn't move.
 
-Paper:   TVT: Fine-structure Preserved Real-world Image Super-resolution via Transfer VAE Training (2025), arXiv 2507.20291
+Paper:   Fine-structure Preserved Real-world Image Super-resolution via Transfer VAE Training (2025), arXiv 2507.20291
 Kind:    procedure (how a second VAE is trained), with a compact VAE, an outer stage round a U-Net, and one-step super-resolution
 Equal:   an encoder that says what the old one says of the doubled frame has the loss of the first step; an outer stage at its
          start is the U-Net on averages of 2 x 2; LoRA at its start is the frozen network; four quarters make up the latent

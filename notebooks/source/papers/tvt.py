@@ -293,7 +293,7 @@ for abar in (0.9999, 0.7, 0.2):
     z_bad = abar**0.5 * x0 + (1 - abar) ** 0.5 * eps
     gaps[abar] = (clean(z_bad, eps, abar) - x0).abs().max().item()
 if max(gaps.values()) < 1e-4:
-    print("Right. And near abar = 1 the network hardly moves z.")
+    print("Right.")
 else:
     print("Largest errors:", {abar: round(gap, 2) for abar, gap in gaps.items()})
     print("Not yet: by how much is the noise in z scaled, and by how much the signal?")
