@@ -51,7 +51,7 @@ def _chunk(job) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _alone(path: Path):
+def alone(path: Path):
     """One process at a time makes `path`; the others wait and find it made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -62,7 +62,7 @@ def _alone(path: Path):
 def _kept(name: str, shape: tuple[int, ...], dtype, parts, total: int) -> np.ndarray:
     """The array `name`, from its file or made of `parts` (arrays that follow one another along the first axis)."""
     path = runs() / "corpus" / f"{name}.npy"
-    with _alone(path):
+    with alone(path):
         if not path.exists():
             temporary = path.with_suffix(".part")
             out = np.lib.format.open_memmap(temporary, "w+", dtype, shape)

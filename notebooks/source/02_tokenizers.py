@@ -274,6 +274,24 @@ show.lines(curves, "bits a pixel, as stored", "PSNR, dB", "Rate and distortion",
 # before: that is the case for tokenizers that look along time. Among codebooks, running means with restart are ahead where the
 # book is large, and SimVQ is under plain VQ from 256 codes on.
 #
+# ## A new tokenizer for an old generator
+#
+# A generator is worth far more than its tokenizer, and knows no other. Can it be given a finer one? What counts is not only
+# what a tokenizer keeps, but whether its latents are of the kind that the generator has learnt. Below, from the
+# [claim](../minivid/claims/tvt.json) of [TVT](papers/tvt.ipynb): a frozen denoiser reads latents of 4x tokenizers of one shape.
+# 1 is its error on the latents it was trained on; three seeds.
+
+# %%
+arms = claims.read("tvt")["arms"]
+kinds_of_4x = {"fresh, equal mean and spread": "scratch", "TVT: taught by a frozen decoder": "TVT",
+               "told the old latents, then a decoder": "reverse", "told them while it learns": "joint"}  # fmt: skip
+show.bars({name: arms[how]["values"]["ratio"] for name, how in kinds_of_4x.items()},
+          "error of the denoiser, relative to old latents", "Who lives where the generator lives?")  # fmt: skip
+
+# %% [markdown]
+# A latent space is more than its statistics: the fresh tokenizer has the same mean and spread in every channel, and is a
+# stranger.
+#
 # ## The papers of this chapter
 
 # %% tags=["nbval-ignore-output"]
