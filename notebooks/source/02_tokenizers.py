@@ -299,11 +299,12 @@ asks = {"simvq": "how do you keep all codes of a large codebook alive, without r
         "fqgan": "is a large codebook better made of several small ones?",
         "hitvideo": "what if codes come in layers, the coarse ones first?",
         "vitok": "what limits a tokenizer: its size, its encoder or its decoder, or the bottleneck alone?",
-        "tvt": "can a trained generator keep its weights while its tokenizer shrinks the clip further?"}
+        "tvt": "can a trained generator keep its weights and get a finer tokenizer?"}
 Markdown(papers.listed(asks))
 
 # %% [markdown]
 # ## Where next
 #
 # * [SimVQ](papers/simvq.ipynb): the lesson on what you have just seen.
+# * [TVT](papers/tvt.ipynb): two latent spaces, and what it takes to be read by both.
 # * [00 · Start](00_start.ipynb): a generator at work on the latents of `tok-v`.
