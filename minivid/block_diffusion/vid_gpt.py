@@ -21,7 +21,7 @@ Differs: latents of `tok-f`, flow matching, no learnt variance, captions by atte
 What is unusual here: a site is a sample of the batch in the attention along time, so a cache of tokens is a queue of frames.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -166,14 +166,14 @@ def prompts(length: int, l: int) -> list[int]:
     return list(range(1, length - l + 1, l))
 
 
-def loss(model, path: noise.Path, clean: Float[Tensor, "b c f h w"], cond: Cond, generator, l: int = 4, slight: float = 0.1,
-         shift: float = 1.0) -> Float[Tensor, ""]:
-    """Squared error on the noisy frames; one prompt length a step, drawn from `prompts`. slight: t' of the prompt's noise.
+def loss(model, path: noise.Path, clean: Float[Tensor, "b c f h w"], cond: Cond, generator, l: int = 4,
+         slight: float | int = 0.1, shift: float | int = 1.0, lengths: Sequence[int] = ()) -> Float[Tensor, ""]:
+    """Squared error on the noisy frames; one prompt length a step, drawn from `lengths` (default: `prompts`).
 
-    The film starts anywhere on the circle of positions if the clip is as long as that, else at 0.
+    slight: t' of the prompt's noise. A film starts anywhere on the circle of positions if it is as long as that, else at 0.
     """
     b, _, f = clean.shape[:3]
-    lengths = prompts(f, l)
+    lengths = lengths or prompts(f, l)
     P = lengths[int(fit.uniform(1, generator=generator) * len(lengths))]
     clean = clean[:, :, : P + l]
     trunk = model.trunk
@@ -211,7 +211,7 @@ class Queue(Cache):
 class Shown(nn.Module):
     """A model whose prompt frames are shown with a little noise at level `slight`; frame i of a film always with the same."""
 
-    def __init__(self, model: nn.Module, path: noise.Path, slight: float, seed: int = 0):
+    def __init__(self, model: Callable, path: noise.Path, slight: float | int, seed: int = 0):
         super().__init__()
         self.model, self.path, self.slight, self.seed = model, path, slight, seed
         self.frames = 0  # how many frames have gone through the network
@@ -229,7 +229,7 @@ class Shown(nn.Module):
 class Anew(nn.Module):
     """A model that computes its prompt anew at every call: `cond.known`, the past, stands before the noisy frames."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Callable):
         super().__init__()
         self.model = model
 
