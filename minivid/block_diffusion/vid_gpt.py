@@ -170,15 +170,14 @@ def loss(model, path: noise.Path, clean: Float[Tensor, "b c f h w"], cond: Cond,
          slight: float | int = 0.1, shift: float | int = 1.0, lengths: Sequence[int] = ()) -> Float[Tensor, ""]:
     """Squared error on the noisy frames; one prompt length a step, drawn from `lengths` (default: `prompts`).
 
-    slight: t' of the prompt's noise. A film starts anywhere on the circle of positions if it is as long as that, else at 0.
+    slight: t' of the prompt's noise. With the longest prompt a film starts anywhere on the circle of positions, else at 0:
+    in a rollout, a prompt is short at the beginning only.
     """
     b, _, f = clean.shape[:3]
     lengths = lengths or prompts(f, l)
     P = lengths[int(fit.uniform(1, generator=generator) * len(lengths))]
     clean = clean[:, :, : P + l]
-    trunk = model.trunk
-    around = trunk.positions == "cyclic" and P + l == trunk.length
-    start = int(fit.uniform(1, generator=generator) * trunk.length) if around else 0
+    start = int(fit.uniform(1, generator=generator) * model.trunk.length) * (P == max(lengths))
     t = noise.logit_normal(b, P + l, generator, shift).clone()
     level = t.clone()
     t[:, :P], level[:, :P] = 0, slight

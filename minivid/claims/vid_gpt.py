@@ -11,18 +11,20 @@ noise that samples begin with. 12 steps a chunk, no guidance.
 1. "speed": wall time of a chunk after 13 frames, computed anew over with a cache, 20 steps, batch 4, one thread, one run; and of
    the 24th chunk over the 4th, both with the queue full. "same": largest difference of what is made, in the latent.
 2. "body_c": colour error of the body in the first made chunk after 9 true frames (B is back), with a context of c frames; "astray_c":
-   its distance from where it should be, in pixels. Causal models see their own queue, full ones are shown c frames anew.
+   its distance from where it should be, in pixels. Causal models see their own queue, full ones are shown c frames anew. "body",
+   "astray": with the largest context that the model was trained for; "forgets": body_4 over body.
 3. "mse": squared error of the output on the noisy chunk, mean over P and t = 0.2, 0.5, 0.8; prompts are shown as in generation.
    "late": colour error of the body in the 9th and 10th chunk of a rollout after 9 true frames. t' is the noise of the prompt in
    training, half as much in generation.
 """
 
+import math
+from dataclasses import replace
 from functools import lru_cache
 from statistics import fmean
 
 import numpy as np
 import torch
-from dataclasses import replace
 from torch import Tensor
 
 from minivid import world
@@ -31,7 +33,7 @@ from minivid.block_diffusion.vid_gpt import Anew, Queue, Shown, ViDGPT
 from minivid.claims.blockvid import apart
 from minivid.core import corpus, fit, noise, sample, weights
 from minivid.core.model import Cond
-from minivid.core.rollout import Plan, rollout
+from minivid.core.rollout import Plan, denoise, remember, rollout
 from minivid.lab import measure
 from minivid.lab.claims import Arm, Claims, Compare, Floor
 from minivid.training.command import optimisers, stepper
@@ -89,3 +91,155 @@ def trained(seed, fast, folder, mode, slight, lengths):
     fit.fit(stepper(recipe, STEPS[fast], torch.float32), state, batches, STEPS[fast], seed, folder / "state.safetensors", 100)
     model.load_state_dict(state.ema.state_dict())
     return model.eval()
+
+
+@torch.no_grad()
+def denoising(model, x: Tensor, slight: float) -> float:
+    """Mean squared error on the noisy chunk, over prompts and three times, the same noise for all models."""
+    shown, errors = Shown(model, PATH, slight / 2), []
+    for P in paper.prompts(FRAMES, L):
+        clean = x[:, :, : P + L]
+        eps = sample.start(len(x), clean.shape[1:], 50 + P)
+        for at in (0.2, 0.5, 0.8):
+            t = torch.full((len(x), P + L), at)
+            t[:, :P] = 0
+            out = shown(torch.where((t == 0)[:, None, :, None, None], clean, PATH.at(clean, eps, t)), t, Cond())
+            errors.append((out - PATH.target(clean, eps, t))[:, :, P:].square().mean().item())
+    return fmean(errors)
+
+
+# --- what is made -----------------------------------------------------------------------------------------------------------
+
+
+def plan(steps: int, room: int, cached: bool) -> Plan:
+    table = noise.table(steps, L, SHIFT)
+    return Plan(PATH, table) if cached else Plan(PATH, table, write="none", context=paper.past(room))
+
+
+@torch.no_grad()
+def made(model, x: Tensor, chunks: int, seed: int, room: int, slight: float, steps: int, given: int = GIVEN) -> Tensor:
+    """Latents of films of which so many true frames are given; causal models cache them, full ones see them anew."""
+    cached = model.trunk.mode != "full"
+    shown = Shown(model, PATH, slight / 2, seed)
+    ends = sample.start(len(x), (4, L * chunks, *x.shape[3:]), seed).split(L, 2)
+    first = x[:, :, :given].split([1] + [L] * (given // L), 2)
+    return rollout(shown if cached else Anew(shown), plan(steps, room, cached), ends, Cond(), Queue(room) if cached else None,
+                   first=first)  # fmt: skip
+
+
+@torch.no_grad()
+def drawn_as(latent: Tensor) -> Tensor:
+    return torch.cat([loaded("tok-f").decode(part) for part in latent.split(16)])
+
+
+def seen(latent: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Colour error of the body, and how far it is from where it should be (pixels, where it is seen in both)."""
+    clip, gaps = drawn_as(latent), []
+    for one, other in zip(read_many(clip), read_many(truth), strict=True):
+        if len(one.bodies) and len(other.bodies):
+            gaps.append((one.bodies[0].path - other.bodies[0].path).norm(dim=-1).nanmean().item())
+    return apart(clip, truth)[:, 0].mean().item(), float(np.nanmean(gaps or [np.nan]))
+
+
+def arm(seed, fast, folder, mode="causal", slight=0.1, lengths=(), contexts=(4, 8, 13)):
+    model, (truth, x) = trained(seed, fast, folder, mode, slight, tuple(lengths)), held(seed, fast)
+    found = {} if lengths else {"mse": denoising(model, x, slight)}
+    for room in contexts:
+        latent = made(model, x, 1, seed, room, slight, K[fast])[:, :, GIVEN:]
+        body, astray = seen(latent, truth[:, :, GIVEN : GIVEN + L])
+        found |= {f"body_{room}": body, f"astray_{room}": astray}
+    found |= {"body": body, "astray": astray, "forgets": found[f"body_{contexts[0]}"] / body}
+    chunks = 2 if fast else MADE
+    latent = made(model, x, chunks, seed, contexts[-1], slight, K[fast])
+    for i in range(chunks):
+        part = slice(GIVEN + L * i, GIVEN + L * (i + 1))
+        found[f"at {i:02d}"] = seen(latent[:, :, part], truth[:, :, part])[0]
+    return found | {"late": (found[f"at {chunks - 2:02d}"] + found[f"at {chunks - 1:02d}"]) / 2}
+
+
+# --- time -------------------------------------------------------------------------------------------------------------------
+
+
+def filled(model, x: Tensor, chunks: int) -> Queue:
+    """The queue after a frame and so many chunks."""
+    cache = Queue(ROOM)
+    for i in range(chunks + 1):
+        told = Cond(start=1 + L * (i - 1) if i else 0)
+        cache.open(i - 1, told)
+        remember(model, x[:, :, 1 : 1 + L] if i else x[:, :, :1], 0.0, told, cache)
+        cache.close(i - 1)
+    return cache
+
+
+def speed(seed, fast):
+    """Models of random values: what is computed doesn't depend on them."""
+    torch.manual_seed(seed)
+    model, steps = ViDGPT(d=32, depth=1) if fast else ViDGPT(), 2 if fast else 20
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape))
+    x = sample.start(1 if fast else 4, (4, ROOM + L, 8, 8), seed)
+    whole = lambda cached: rollout(shown if cached else Anew(shown), plan(steps, ROOM, cached), x[:, :, 1:].split(L, 2), Cond(),
+                                   Queue(ROOM) if cached else None, first=[x[:, :, :1]])  # fmt: skip
+    shown = Shown(model.eval(), PATH, 0.05, seed)
+    with torch.no_grad():
+        same = (whole(True) - whole(False)).abs().max().item()
+        queues = {i: filled(shown, x, i) for i in (4, 24)}
+        how, past = plan(steps, ROOM, True), paper.past(ROOM)(x[:, :, :ROOM], Cond(start=1 + 4 * L))
+
+        def chunk(i):
+            cache, told = Queue(ROOM), Cond(start=1 + L * i)
+            cache.kept = {layer: list(entries) for layer, entries in queues[i].kept.items()}
+            cache.open(i, told)
+            remember(shown, denoise(shown, how, 0, x[:, :, -L:], told, cache), 0.0, told, cache)
+            cache.close(i)
+
+        anew = lambda: denoise(Anew(shown), how, 0, x[:, :, -L:], past)
+        faster, flat = measure.ratio(anew, lambda: chunk(4), 5), measure.ratio(lambda: chunk(24), lambda: chunk(4), 5)
+    return {"same": same, "faster": faster.median, "24th over 4th": flat.median, "bound": (ROOM + L) * steps / (L * (steps + 1))}
+
+
+# --- what is decided before the run -------------------------------------------------------------------------------------
+
+USES = [*FILES]
+ARMS = {
+    "causal": Arm(arm, USES, mode="causal"),
+    "partial": Arm(arm, USES, mode="partial"),
+    "full": Arm(arm, USES, mode="full"),
+    "full, 4": Arm(arm, USES, mode="full", lengths=[4], contexts=[4]),
+    "no noise": Arm(arm, USES, mode="causal", slight=0.0),
+    "more noise": Arm(arm, USES, mode="causal", slight=0.25),
+    "speed": Arm(speed),
+}
+
+
+def better(metric, method, baseline, margin, counts=True, relative=True):
+    return Compare(f"{metric}: {method} under {baseline}", metric, method, baseline, margin, False, relative, counts)
+
+
+CLAIMS = Claims(
+    "vid-gpt",
+    arms=ARMS,
+    tests=[
+        # 1: the cache
+        Floor("the cache changes nothing", "same", "speed", at_most=1e-4),
+        Floor("a cached chunk is half as much faster as its frames promise", "faster", "speed", at_least=2.0),
+        Floor("a chunk costs the same late in the film", "24th over 4th", "speed", at_most=1.1),
+        # 2: a scene that comes back
+        better("body", "causal", "full, 4", 0.3),
+        better("body", "causal", "full", -0.1),
+        better("astray", "causal", "full, 4", 0.1, False),
+        better("body", "full", "full, 4", 0.3, False),
+        Floor("with a queue of 4 the same model forgets", "forgets", "causal", at_least=1.4, counts=False),
+        # 3: the price of causality, and the prompt's noise
+        better("mse", "partial", "causal", 0.01),
+        better("mse", "full", "causal", 0.01, False),
+        better("body", "partial", "causal", -0.1, False),
+        better("late", "causal", "no noise", 0.05),
+        better("late", "more noise", "no noise", 0.05, False),
+        better("mse", "no noise", "causal", 0.0, False),
+        better("late", "causal", "full", -0.1, False),
+    ],
+    minutes=60,
+    tolerance={"faster": math.inf, "24th over 4th": math.inf},
+)
