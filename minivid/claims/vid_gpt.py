@@ -1,12 +1,12 @@
 """ViD-GPT from scratch on latents of `tok-f`: is the cache free, what does a long context see, what does causality cost?
 
 Films A B A B ... of the recipe "recurrent" (one body that goes to and fro on one clock), cut so that every shot holds for 4
-frames, from the last frame of the first A on: so a chunk of l = 4 is a shot, and each shows the scene that was last seen five to
-eight frames before. No words are told. All models have 1.0 M parameters (width 96, four blocks of attention in space, in time, and a
-feed-forward) and the same initial values, clips (4,096) and steps (800 of 16), Muon and AdamW; a clip has 17 frames. They differ
-in who sees whom along time and in the prompts that they meet: 1, 5, 9 or 13 frames, or 4 ("full, 4"). A seed is a draw of
-initial values, of the order of clips and of 64 held-out films (colours of shapes in directions that training lacks), and the
-noise that samples begin with. 12 steps a chunk, no guidance.
+frames, from the last frame of the first A on: so a chunk of l = 4 is a shot, and each shows the scene that was last seen five
+to eight frames before. No words are told. All models have 1.0 M parameters (width 96, four blocks of attention in space, in
+time, and a feed-forward) and the same initial values, clips (4,096) and steps (800 of 16), Muon and AdamW; a clip has 17
+frames. They differ in who sees whom along time and in the prompts that they meet: 1, 5, 9 or 13 frames, or 4 ("full, 4"). A
+seed is a draw of initial values, of the order of clips and of 64 held-out films (colours of shapes in directions that training
+lacks), and the noise that samples begin with. 12 steps a chunk, no guidance.
 
 1. "speed": wall time of a chunk after 13 frames, computed anew over with a cache, 20 steps, batch 4, one thread, one run; and of
    the 24th chunk over the 4th, both with the queue full. "same": largest difference of what is made, in the latent.

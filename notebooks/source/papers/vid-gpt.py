@@ -73,18 +73,20 @@ show.clips([pixels(x[:1, :, :33]) for x in rows.values()], list(rows), "Nine fra
 #
 # ## The idea
 #
-# **Causal in time.** Attention within a frame stays as it is. Attention along time, at each place of the picture, looks back only.
+# **Causal in time.** Attention within a frame stays as it is. Attention along time, at each place of the picture, looks back
+# only.
 #
 # **Frame as prompt.** Finished frames $z$ stand before the noisy ones, and every frame has a time of its own:
 #
 # $$[z_1 \dots z_P \mid x_{P+1} \dots x_{P+l}], \qquad t = [0 \dots 0 \mid t \dots t].$$
 #
-# Only the noisy ones are scored. A mark says which is which, and in training P is drawn from {1, 1 + l, 1 + 2l, ...}, the lengths
-# that a film will meet.
+# Only the noisy ones are scored. A mark says which is which, and in training P is drawn from {1, 1 + l, 1 + 2l, ...}, the
+# lengths that a film will meet.
 #
 # **Cache.** A chunk is denoised in K steps that read the kept keys; one pass more, at time 0, writes its own.
 #
-# Who sees whom along time? **Slide through the chunks of a film; switch the mode.** Grey rows are kept, coloured ones are computed.
+# Who sees whom along time? **Slide through the chunks of a film; switch the mode.** Grey rows are kept, coloured ones are
+# computed.
 
 # %%
 L, ROOM = 4, 13
@@ -121,8 +123,8 @@ settled = [dict(chunk=2, mode="causal"), dict(chunk=2, mode="partial"), dict(chu
 play.knobs(staircase, settled=settled, chunk=play.IntRange(0, 9, 2), mode=play.Choice(["causal", "partial", "full"]))
 
 # %% [markdown]
-# From chunk 4 on the queue is full: 13 frames are kept, the oldest four leave when four are written. "Partial" lets the frames of a
-# chunk see each other; the kept ones still look back only. With "full" all is blue, and nothing can be kept.
+# From chunk 4 on the queue is full: 13 frames are kept, the oldest four leave when four are written. "Partial" lets the frames
+# of a chunk see each other; the kept ones still look back only. With "full" all is blue, and nothing can be kept.
 #
 # ## The package's own source
 
@@ -132,8 +134,8 @@ show.source(paper.blocks, paper.loss, Queue.close)
 # %% [markdown]
 # ## Break it
 #
-# The same chunk at two different times. What happens to the keys of the nine frames before it, in the last layer? (A model of random
-# values will do.)
+# The same chunk at two different times. What happens to the keys of the nine frames before it, in the last layer? (A model of
+# random values will do.)
 
 # %%
 torch.manual_seed(0)
@@ -234,7 +236,8 @@ result = claims.read("vid-gpt")["arms"]
 value = lambda arm, metric: result[arm]["values"][metric]
 mean = lambda arm, metric: fmean(value(arm, metric))
 names = {"causal": "causal, 13 frames", "partial": "partial, 13", "full": "full, 13", "full, 4": "full, the last 4"}
-show.bars({name: value(arm, "body") for arm, name in names.items()}, "colour error of the body (a dot a seed)", "B is back", digits=2)
+bodies = {name: value(arm, "body") for arm, name in names.items()}
+show.bars(bodies, "colour error of the body (a dot a seed)", "B is back", digits=2)
 
 # %% tags=["nbval-ignore-output"]
 show.bars({name: value(arm, "astray") for arm, name in names.items()}, "distance from its place, px (a dot a seed)", digits=2)
