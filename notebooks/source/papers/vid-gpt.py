@@ -165,8 +165,8 @@ print(f"causal, one time for all frames: by {(keys('causal', 0.1, 0.1) - keys('c
 #
 # ## Predict, then run
 #
-# One chunk of 4 frames after 13, 20 steps. Without cache 17 frames go through the network at each step. With one, 4 do, and 4 more
-# once in the end. **Predict** the ratio of the times, then compare with the count.
+# Chunks of 4 frames, 20 steps each. Without cache up to 17 frames go through the network at each step. With one, 4 do, and 4
+# more once in the end. **Predict** the ratio of the times for the first four chunks, then compare with the count.
 
 # %% tags=["nbval-ignore-output"]
 net = ViDGPT().eval()
@@ -177,9 +177,11 @@ x = torch.randn(1, 4, ROOM + L, 8, 8, generator=torch.Generator().manual_seed(0)
 @torch.no_grad()
 def film(cached, chunks=4, write="clean"):
     shown = Shown(net, path, 0.05)
-    how = Plan(path, plan.times, write=write) if cached else Plan(path, plan.times, write="none", context=paper.past(ROOM))
+    anew = dict(write="none", context=paper.past(ROOM))
+    how = Plan(path, plan.times, **(dict(write=write) if cached else anew))
     ends = x[:, :, 1 : 1 + L * chunks].split(L, 2)
-    return rollout(shown if cached else Anew(shown), how, ends, Cond(), Queue(ROOM) if cached else None, first=[x[:, :, :1]]), shown
+    cache = Queue(ROOM) if cached else None
+    return rollout(shown if cached else Anew(shown), how, ends, Cond(), cache, first=[x[:, :, :1]]), shown
 
 
 (one, kept), (two, anew) = film(True), film(False)
@@ -252,12 +254,14 @@ print(f"cache: differs by {same:.0e}; {faster:.1f} times as fast (frames promise
 # Then ten chunks in a row, and the noise with which the prompt is shown in training (t').
 
 # %% tags=["nbval-ignore-output"]
-rows = {"no noise": "t' = 0", "causal": "t' = 0.1", "more noise": "t' = 0.25", "full": "full, t' = 0.1", "full, 4": "the last 4 frames"}
+rows = {"no noise": "t' = 0", "causal": "t' = 0.1", "more noise": "t' = 0.25", "full": "full, t' = 0.1",
+        "full, 4": "the last 4 frames"}  # fmt: skip
 curves = {name: (list(range(10)), [mean(arm, f"at {i:02d}") for i in range(10)]) for arm, name in rows.items()}
 show.lines(curves, "chunk", "colour error of the body", "Drift")
 
 # %% tags=["nbval-ignore-output"]
-names = {"causal": "causal", "partial": "partial", "full": "full", "no noise": "causal, t' = 0", "more noise": "causal, t' = 0.25"}
+names = {"causal": "causal", "partial": "partial", "full": "full", "no noise": "causal, t' = 0",
+         "more noise": "causal, t' = 0.25"}  # fmt: skip
 show.bars({name: value(arm, "mse") for arm, name in names.items()}, "error of the noisy chunk (a dot a seed)", "The price of looking back")
 
 # %%
