@@ -1,7 +1,7 @@
 """Go on with held-out films by the models of the claim `vid-gpt`, seed 0: python scripts/make_vid_gpt.py
 
-writes notebooks/papers/vid-gpt.safetensors: latents `4 4 33 8 8` in fp16 of nine true frames and six chunks, by arm, and "true". The
-models are read from the claim's checkpoints where they are, else trained anew, four minutes each on one core.
+writes notebooks/papers/vid-gpt.safetensors: latents `4 4 33 8 8` in fp16 of nine true frames and six chunks, by arm, and "true".
+The models are read from the claim's checkpoints where they are, else trained anew, four minutes each on one core.
 """
 
 from pathlib import Path

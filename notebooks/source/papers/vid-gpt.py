@@ -262,7 +262,8 @@ show.lines(curves, "chunk", "colour error of the body", "Drift")
 # %% tags=["nbval-ignore-output"]
 names = {"causal": "causal", "partial": "partial", "full": "full", "no noise": "causal, t' = 0",
          "more noise": "causal, t' = 0.25"}  # fmt: skip
-show.bars({name: value(arm, "mse") for arm, name in names.items()}, "error of the noisy chunk (a dot a seed)", "The price of looking back")
+errors = {name: value(arm, "mse") for arm, name in names.items()}
+show.bars(errors, "error of the noisy chunk (a dot a seed)", "The price of looking back")
 
 # %%
 show.verdict("vid-gpt")
