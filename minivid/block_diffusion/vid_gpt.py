@@ -117,7 +117,8 @@ class Along(Trunk):
     def forward(self, x: Float[Tensor, "b n d"], ctx: Film) -> Float[Tensor, "b n d"]:
         (f, h, w), start = ctx.where.grid, ctx.cond.start
         number = torch.arange(f, device=x.device) + int(start)
-        view = f + (0 if ctx.cache is None else sum(e.k.shape[2] for e in ctx.cache.past(0)))
+        past = ctx.cache.past(0) if isinstance(ctx.cache, Cache) else []
+        view = f + sum(e.k.shape[2] for e in past)
         if self.place is not None and view > self.length:
             raise ValueError(f"{view} frames are in view, but there are {self.length} cyclic positions: two would have the same")
         coords = torch.zeros(1, f, 3, device=x.device)
