@@ -187,7 +187,8 @@ gpt = claims.read("vid-gpt")["arms"]
 names = {"causal": "looks back, cached", "partial": "and sees its own chunk", "full": "all see all, anew",
          "full, 4": "the last 4 frames, anew"}  # fmt: skip
 bars = {name: gpt[arm]["values"]["body"] for arm, name in names.items()}
-show.bars(bars, "colour error of the body", f"A cached chunk is {fmean(gpt['speed']['values']['faster']):.1f} times as fast", digits=2)
+faster = fmean(gpt["speed"]["values"]["faster"])
+show.bars(bars, "colour error of the body", f"A cached chunk is {faster:.1f} times as fast", digits=2)
 
 # %% [markdown]
 # ## Forgetting
