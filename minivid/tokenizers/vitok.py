@@ -4,13 +4,14 @@ Paper:   ViTok: Learnings from Scaling Visual Tokenizers for Reconstruction and 
 Kind:    part (a tokenizer)
 Equal:   without blocks, tubelets of as many channels as numbers are an exact change of basis; without noise the latent is its
          mean; a second stage leaves every latent as it was, to the bit
-Claim:   PSNR is a line in log2 E, R^2 > 0.9, whatever shape the code has, and neither tokens nor arithmetic fit so well; depth
+Claim:   PSNR is a line in log2 E, R^2 > 0.9, whatever the shape of the code; tokens and arithmetic fit less; depth
          of the decoder is worth twice that of the encoder; generation is best at a number of channels between the extremes
-Differs: widths of 64 and 1 to 4 blocks; frames of 32 x 32; the perceptual term is the difference of gradients (no network that the
+Differs: widths of 64, 1 to 4 blocks; frames of 32 x 32; the perceptual term is the difference of gradients (no network that the
          metrics share); SwiGLU, rotary positions of frames, rows and columns with base 100, as our grids have at most a few
          hundred places. Patches are cut and put together by linear layers, which is what convolutions with kernel = stride
          are. The variant with one-dimensional code tokens is left out (the paper finds the same law with it). The critic of the
-         second stage is three strided convolutions, not StyleGAN's. Inferred: everything about sizes, rates and steps here
+         second stage is three strided convolutions, not StyleGAN's. The first and last layer begin as principal components
+         (`begin`), which saves most of the training. Inferred: everything about sizes, rates and steps here
 
     L = (T/q) (H/p) (W/p) tokens of c numbers,   E = L c,   compression = 3 T H W / E
     z = mu + sigma eps in training, mu after it          KL = mean over numbers of (mu^2 + sigma^2 - 1 - log sigma^2) / 2
@@ -105,6 +106,21 @@ class ViTok(nn.Module):
         self.embed, self.encoder = nn.Linear(numbers, d), Transformer(d, depth[0], heads, frames)
         self.code, self.read = nn.Linear(d, 2 * c), nn.Linear(c, d)
         self.decoder, self.unembed = Transformer(d, depth[1], heads, frames), nn.Linear(d, numbers)
+
+    @torch.no_grad()
+    def begin(self, clips: Float[Tensor, "b 3 f h w"]) -> None:
+        """The first and the last layer become the principal components of the clips' tubelets: without that, large ones need many
+        thousand steps to be seen at all."""
+        q, p = self.time_stride, self.space_stride
+        x = rearrange(clips, "b c (f q) (h p) (w r) -> (b f h w) (c q p r)", q=q, p=p, r=p)
+        mean, n = x.mean(0), min(x.shape[1], self.embed.out_features)
+        basis = torch.linalg.eigh((x - mean).T @ (x - mean)).eigenvectors.flip(1)[:, :n]
+        scale = ((x - mean) @ basis).std()
+        for layer in (self.embed, self.unembed):
+            layer.weight.zero_(), layer.bias.zero_()
+        self.embed.weight[:n], self.embed.bias[:n] = basis.T / scale, -(mean @ basis) / scale
+        self.unembed.weight[:, :n] = basis * scale
+        self.unembed.bias.copy_(mean)
 
     def frames(self, n: int) -> bool:
         return n >= 1 and n % self.time_stride == 0

@@ -59,6 +59,21 @@ def test_bad_clips():
     assert ViTok().frames(8) and not ViTok().frames(6)
 
 
+def test_it_begins_with_the_principal_components_of_tubelets():
+    tok, x = ViTok(2, 4, 4, d=20), torch.cat([clip(8, 16, 8), clip(8, 16, 8, 1).cumsum(-1) / 4]).clamp(-1, 1)
+    tok.begin(x)
+    flat = rearrange(x, "b c (f q) (h p) (w r) -> (b f h w) (c q p r)", q=2, p=4, r=4)
+    centred = flat - flat.mean(0)
+    u, s, v = torch.linalg.svd(centred, full_matrices=False)
+    best = (u[:, :20] * s[:20]) @ v[:20] + flat.mean(0)
+    torch.testing.assert_close(tok.unembed(tok.embed(flat)), best, atol=1e-4, rtol=0)
+    assert abs(tok.embed(flat).std() - 1) < 0.05
+    wide = ViTok(1, 2, 4, d=20)  # more channels than numbers: nothing is lost
+    wide.begin(x)
+    flat = rearrange(x, "b c f (h p) (w r) -> (b f h w) (c p r)", p=2, r=2)
+    torch.testing.assert_close(wide.unembed(wide.embed(flat)), flat, atol=1e-4, rtol=0)
+
+
 # --- transformers -------------------------------------------------------------------------------------------------------
 
 
