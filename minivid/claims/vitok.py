@@ -1,6 +1,6 @@
 """ViTok on clips of 16 x 32 x 32: which of its sizes decides how well it draws, and what a generator can do with the code?
 
-Clips of `base` and `textured`, 2,048 to learn from, 128 held-out ones to measure on. Width 64, two heads, 1,000 steps of 8 clips
+Clips of `base` and `textured`, 2,048 to learn from, 128 held-out ones to measure on. Width 64, two heads, 600 steps of 8 clips
 in the same order, AdamW and Muon; "(q, p, c)" are frames and pixels of a tubelet and channels of its code. A seed is a draw of
 initial values, of the order of clips and of the held-out clips.
 
@@ -10,7 +10,7 @@ initial values, of the order of clips and of the held-out clips.
    numbers on over that up to there. "equal work": PSNR of (8, 8, 32) trained until it has used as much arithmetic as
    (4, 4, 4) at the same E, less the PSNR of that.
 2. "depths": (4, 8, 16), five pairs of depths from 1 to 4; PSNR's regression on log2 of both: dB per doubling of either.
-3. "c = ...": the code (4, 8, c), a video transformer of 0.3 M parameters on its means, brought to unit variance a channel; 1,500
+3. "c = ...": the code (4, 8, c), a video transformer of 0.3 M parameters on its means, brought to unit variance a channel; 1,200
    steps of 32 clips of `base` with captions. 128 held-out captions, 20 steps, guidance 2: Frechet distance of `feat-b` to
    held-out clips, and the judge's rates. "ceiling": both for true clips through the tokenizer.
 4. "price": frame-wise codes (1, 8, 4) against tubelets (4, 8, 16), equal E; the frame-wise one with attention within the frame,
@@ -38,7 +38,7 @@ from minivid.world.scores import frechet, psnr
 
 FEATURES = ["minivid/weights/feat-b.safetensors"]
 FRAMES, SIDE = 16, 32
-STEPS, GENERATE = (1000, 2), (1500, 2)  # full, fast
+STEPS, GENERATE = (600, 2), (1200, 2)  # full, fast
 TRAIN, HELD = (2048, 16), (128, 4)
 RATES = (4e-3, 1e-2)  # of AdamW, of Muon
 CODES = [(8, 8, 8), (8, 8, 32), (8, 8, 128), (4, 8, 1), (4, 8, 4), (4, 8, 16), (4, 8, 64), (2, 8, 2), (2, 8, 8), (2, 8, 32),
