@@ -25,6 +25,7 @@
 # 3. see a codebook collapse, and look up what any of its codes stands for.
 
 # %%
+from ast import literal_eval
 from functools import lru_cache
 from statistics import fmean
 
@@ -274,6 +275,22 @@ show.lines(curves, "bits a pixel, as stored", "PSNR, dB", "Rate and distortion",
 # before: that is the case for tokenizers that look along time. Among codebooks, running means with restart are ahead where the
 # book is large, and SimVQ is under plain VQ from 256 codes on.
 #
+# ## What a latent's shape is worth
+#
+# Sixty-four tokens of 16 numbers, or 256 of 4? [ViTok](papers/vitok.ipynb) takes two plain transformers, so that tokens,
+# channels and depth can be traded at will. Thirteen codes, each trained alike ([claim](../minivid/claims/vitok.json), three
+# seeds), over E, all numbers of a clip of 16 x 32 x 32:
+
+# %%
+vit = claims.read("vitok")["arms"]["sweep"]["values"]
+curves = {}
+for q, p in ((8, 8), (4, 8), (2, 8), (4, 4)):
+    shapes = [literal_eval(name[5:]) for name in vit if name.startswith(f"psnr ({q}, {p}, ")]
+    numbers = [c * (16 // q) * (32 // p) ** 2 for _, _, c in shapes]
+    curves[f"{q} frames of {p} x {p}"] = numbers, [fmean(vit[f"psnr {shape}"]) for shape in shapes]
+show.lines(curves, "numbers in the code, E", "PSNR, dB", f"A doubling is worth {fmean(vit['slope']):.1f} dB", log="x")
+
+# %% [markdown]
 # ## The papers of this chapter
 
 # %% tags=["nbval-ignore-output"]

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # ViTok: how many numbers, and does it matter where they stand?
 #
-# A tokenizer turns a clip into L tokens of c numbers. Fewer, longer tokens, or more, shorter ones? A deep encoder, or a deep decoder?
-# Nobody can try all of it on real films. This paper takes the plainest network there is and turns one knob at a time.
+# A tokenizer turns a clip into L tokens of c numbers. Fewer, longer tokens, or more, shorter ones? A deep encoder, or a deep
+# decoder? Nobody can try all of it on real films. This paper takes the plainest network there is and turns one knob at a time.
 #
 # *Ten minutes, one processor core. A part: a tokenizer.* At the end you can
 # - say what of a code's shape decides how well a clip is drawn, and what hardly does;
@@ -38,8 +38,8 @@ _ = torch.set_num_threads(1)
 # %% [markdown]
 # ## The picture first
 #
-# The same clip through thirteen tokenizers. A code (q, p, c) has a token of c numbers for q frames of p x p pixels; E counts all its
-# numbers. **Choose codes of one E, then of another.** (The claim below trains them.)
+# The same clip through thirteen tokenizers. A code (q, p, c) has a token of c numbers for q frames of p x p pixels; E counts
+# all its numbers. **Choose codes of one E, then of another.** (The claim below trains them.)
 
 # %% tags=["nbval-ignore-output"]
 drawn, _ = weights.read("vitok.safetensors")
@@ -76,10 +76,10 @@ play.knobs(looks, settled=settled, code=play.Choice([names[4, 8, 16], *[n for s,
 #
 # ## The idea
 #
-# Cut the clip into tubelets of q frames and p x p pixels, each a token (a linear layer). Full attention, no convolution. A linear layer
-# makes c means and c variances of each token, and a draw from them goes through the mirror image of all that:
+# Cut the clip into tubelets of q frames and p x p pixels, each a token (a linear layer). Full attention, no convolution. A
+# linear layer makes c means and c variances of each token, and a draw from them goes through the mirror image of all that:
 #
-# $$L = \tfrac Tq \tfrac Hp \tfrac Wp,\qquad E = L\,c,\qquad \mathcal L = \mathrm{MSE} + 10^{-3}\,\mathrm{KL} + \text{a term for edges}.$$
+# $$L = \tfrac Tq \tfrac Hp \tfrac Wp,\qquad E = L\,c,\qquad \mathcal L = \mathrm{MSE} + 10^{-3}\,\mathrm{KL} + \text{edges}.$$
 #
 # q, p and c occur in four linear layers and nowhere else, so shapes can be traded freely: double q and c, and E stays.
 
@@ -127,7 +127,8 @@ show.lines(curves, "step", "squared error", "Two clips, thirty steps")
 # %% [markdown]
 # ## Predict, then run
 #
-# The decoder gets four blocks and the encoder one, or the other way round. **Predict** which draws better, and by how much, in dB.
+# The decoder gets four blocks and the encoder one, or the other way round. **Predict** which draws better, and by how much, in
+# dB.
 
 # %% tags=["nbval-ignore-output"]
 pairs = [(1, 1), (4, 1), (1, 4), (2, 2), (4, 4)]
@@ -177,9 +178,10 @@ else:
 plain = ViTok(2, 4, 96, d=96, depth=(0, 0))
 with torch.no_grad():
     basis = torch.linalg.qr(torch.randn(96, 96))[0]
-    for layer, weight in ((plain.embed, basis), (plain.code, torch.eye(192, 96)), (plain.read, torch.eye(96)), (plain.unembed, basis.T)):
-        layer.weight.copy_(weight)
+    for layer in (plain.embed, plain.code, plain.read, plain.unembed):
         layer.bias.zero_()
+    plain.embed.weight.copy_(basis), plain.unembed.weight.copy_(basis.T)
+    plain.code.weight.copy_(torch.eye(192, 96)), plain.read.weight.copy_(torch.eye(96))
     clip = corpus.clip_of(drawn["true"])
     print(f"largest error: {(plain.decode(plain.encode(clip)) - clip).abs().max():.0e}")
 
@@ -202,7 +204,8 @@ def law(axes):
     axes[0].legend()
 
 
-plots.figure(law, (7.6, 3.2), "PSNR against E, and against FLOPs", "PSNR over E is near a line; over FLOPs it is a cloud.", (1, 2))
+alt = "PSNR over E lies near a line; over FLOPs it is a cloud."
+plots.figure(law, (7.6, 3.2), "PSNR against E, and against FLOPs", alt, (1, 2))
 
 # %%
 print(f"{mean('sweep', 'slope'):.2f} dB per doubling of E; codes of equal E differ by {mean('sweep', 'spread'):.2f} of that")
