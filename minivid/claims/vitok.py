@@ -93,9 +93,9 @@ def quality(tok: ViTok, clip: Tensor) -> float:
 
 def line(x: list, y: list[float]) -> tuple[np.ndarray, float]:
     """Least squares of y on the rows of x and a constant: the slopes, and R^2."""
-    a = np.column_stack([np.array(x), np.ones(len(y))])
-    beta, y = np.linalg.lstsq(a, np.array(y), rcond=None)[0], np.array(y)
-    return beta[:-1], float(1 - ((y - a @ beta) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+    a, b = np.column_stack([np.array(x), np.ones(len(y))]), np.array(y)
+    beta = np.linalg.lstsq(a, b, rcond=None)[0]
+    return beta[:-1], float(1 - ((b - a @ beta) ** 2).sum() / ((b - b.mean()) ** 2).sum())
 
 
 def sweep(seed, fast, folder):
