@@ -278,7 +278,7 @@ show.lines(curves, "bits a pixel, as stored", "PSNR, dB", "Rate and distortion",
 # ## What a latent's shape is worth
 #
 # Sixty-four tokens of 16 numbers, or 256 of 4? [ViTok](papers/vitok.ipynb) takes two plain transformers, so that tokens,
-# channels and depth can be traded at will. Thirteen codes, each trained alike ([claim](../minivid/claims/vitok.json), three
+# channels and depth can be traded at will. Fifteen codes, each trained alike ([claim](../minivid/claims/vitok.json), three
 # seeds), over E, all numbers of a clip of 16 x 32 x 32:
 
 # %%

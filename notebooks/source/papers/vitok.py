@@ -38,7 +38,7 @@ _ = torch.set_num_threads(1)
 # %% [markdown]
 # ## The picture first
 #
-# The same clip through thirteen tokenizers. A code (q, p, c) has a token of c numbers for q frames of p x p pixels; E counts
+# The same clip through fifteen tokenizers. A code (q, p, c) has a token of c numbers for q frames of p x p pixels; E counts
 # all its numbers. **Choose codes of one E, then of another.** (The claim below trains them.)
 
 # %% tags=["nbval-ignore-output"]
@@ -188,7 +188,7 @@ with torch.no_grad():
 # %% [markdown]
 # ## The claim
 #
-# Thirteen codes, three seeds. First against E: is it a line? Then the same points against the arithmetic.
+# Fifteen codes, three seeds. First against E: is it a line? Then the same points against the arithmetic.
 
 
 # %% tags=["nbval-ignore-output"]
