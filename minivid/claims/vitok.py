@@ -2,7 +2,8 @@
 
 Clips of `base` and `textured`, 2,048 to learn from, 128 held-out ones to measure on. Width 96, three heads, 600 steps of 8 clips
 in the same order, AdamW and Muon; "(q, p, c)" are frames and pixels of a tubelet and channels of its code. A seed is a draw of
-initial values, of the order of clips and of the held-out clips.
+initial values, of the order of clips and of the held-out clips. One seed was first measured with width 64 and a code of 128 channels,
+which is more than a token can carry there: width and codes were changed after that, and no margin.
 
 1. "sweep": fifteen codes, E from 64 to 4,096 numbers in groups of equal E, depth (2, 2). PSNR = a + b log2 E: "r2" of this line,
    "slope" b in dB per doubling; the same r2 with log2 of tokens, of FLOPs of a clip, and of both together ("r2 others");
