@@ -226,7 +226,8 @@ class Writer(TokenModel):
         return torch.stack([F.cross_entropy(y.mT, one, reduction="none") for y, one in zip(logits, flat, strict=True)], -1)
 
     @torch.no_grad()
-    def generate(self, frames: int, cond: Cond, u: Float[Tensor, "b n s"], cache=None, temperature: float | int = 1.0) -> list[Tensor]:
+    def generate(self, frames: int, cond: Cond, u: Float[Tensor, "b n s"], cache=None,
+                 temperature: float | int = 1.0) -> list[Tensor]:
         """Codes of all heads, `b f h w` each. u: a number in [0, 1) for each code, which decides what is drawn."""
         h, w = self.inlet.side
         b, n = len(u), frames * h * w
