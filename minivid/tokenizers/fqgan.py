@@ -6,7 +6,7 @@ Equal:   one book is plain VQ of unit vectors, in the forward pass and in every 
 Claim:   two books of 2^(b/2) codes against one of 2^b: level within 0.3 dB at 8 and 10 bits, ahead by 0.3 dB at 12; the penalty
          on cosines makes the books say different things; a teacher of one head puts meaning into that head's codes
 Differs: one block of width 64 in each head, not six of 512; frames of 32 x 32, 8 x 8 cells; at most 4,096 codes. Teacher: an
-         embedding of the caption (CLIP's place). L1 with a difference of gradients instead of L2, LPIPS and the adversary.
+         embedding of the caption (CLIP's place). Codes begin as random directions of a sphere, not of a cube. L1 with a difference of gradients instead of L2, LPIPS and the adversary.
          FAR's transformers are this package's (LayerNorm, GELU, no class token); what stands first is a learnt vector a cell
 
 A cell's features h go through k heads. Head j gives a direction z_j of d numbers, its book the nearest direction q_j, and the
@@ -121,7 +121,7 @@ class Factorized(nn.Module):
             x = head(z)
             part, codes, more = book(x)
             if self.sure and isinstance(book, VQ):
-                more["sure"] = self.sure * sure(book.cells(x), book.table)
+                more["sure"] = self.sure * (sure(book.cells(x), book.table) + math.log(book.size))  # a constant: none is negative
             parts, grids = [*parts, part], grids + codes
             losses |= {name: losses.get(name, 0) + value for name, value in more.items()}
         if self.apart and len(parts) > 1:
