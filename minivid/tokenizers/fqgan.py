@@ -162,6 +162,21 @@ class Meaning(nn.Module):
         return self.layers(self.norm(x))[:, 0].unflatten(0, (len(part), -1)).mean(1)
 
 
+# --- looking at it ----------------------------------------------------------------------------------------------------------
+
+
+def mutual(a: Int[Tensor, "*n"], b: Int[Tensor, "*n"], shuffles: int = 8, seed: int = 0) -> float:
+    """Nats that two streams of codes say about each other: counted, less what shuffled streams seem to say (the bias of counting)."""
+    dice, a, b = torch.Generator().manual_seed(seed), a.flatten(), b.flatten()
+
+    def joint(b):
+        p = (a * (int(b.max()) + 1) + b).unique(return_counts=True)[1].double() / len(a)
+        return -(p * p.log()).sum()
+
+    shuffled = [joint(b[torch.randperm(len(b), generator=dice)]) for _ in range(shuffles)]
+    return (torch.stack(shuffled).mean() - joint(b)).item()  # entropies of a and b alone cancel
+
+
 # --- the generator of such codes ------------------------------------------------------------------------------------------
 
 

@@ -126,6 +126,14 @@ def test_apart_is_the_mean_of_all_pairs_and_absent_for_one():
     assert "apart" not in part(1)(latent())[2] and "apart" not in part(2, apart=0)(latent())[2]
 
 
+def test_mutual_information_of_streams_that_agree_and_of_strangers():
+    a, b = (torch.randint(16, (20_000,), generator=dice(seed)) for seed in (0, 1))
+    assert paper.mutual(a, b) == pytest.approx(0, abs=0.003)  # counting alone would say about 0.006
+    assert paper.mutual(a, a) == pytest.approx(math.log(16), abs=0.01)
+    half = torch.where(torch.arange(20_000) % 2 == 0, a, b)
+    assert 0.5 < paper.mutual(a, half) < math.log(16) and paper.mutual(a, half) == pytest.approx(paper.mutual(half, a), abs=0.003)
+
+
 # --- decided and even -------------------------------------------------------------------------------------------------------
 
 
