@@ -6,8 +6,9 @@ Equal:   one book is plain VQ of unit vectors, in the forward pass and in every 
 Claim:   two books of 2^(b/2) codes against one of 2^b: level within 0.3 dB at 8 and 10 bits, ahead by 0.3 dB at 12; the penalty
          on cosines makes the books say different things; a teacher of one head puts meaning into that head's codes
 Differs: one block of width 64 in each head, not six of 512; frames of 32 x 32, 8 x 8 cells; at most 4,096 codes. Teacher: an
-         embedding of the caption (CLIP's place). Codes begin as random directions of a sphere, not of a cube. L1 with a difference of gradients instead of L2, LPIPS and the adversary.
-         FAR's transformers are this package's (LayerNorm, GELU, no class token); what stands first is a learnt vector a cell
+         embedding of the caption (CLIP's place). Codes begin as random directions of a sphere, not of a cube. L1 with a
+         difference of gradients instead of L2, LPIPS and the adversary. FAR's transformers are this package's (LayerNorm,
+         GELU, no class token, a learnt vector for what stands first). The paper's text wasn't read, its code's form was
 
 A cell's features h go through k heads. Head j gives a direction z_j of d numbers, its book the nearest direction q_j, and the
 decoder reads q_1 ... q_k side by side. K codes in each make K^k words out of k K comparisons: 2 x 16,384 comparisons instead of
@@ -166,7 +167,7 @@ class Meaning(nn.Module):
 
 
 def mutual(a: Int[Tensor, "*n"], b: Int[Tensor, "*n"], shuffles: int = 8, seed: int = 0) -> float:
-    """Nats that two streams of codes say about each other: counted, less what shuffled streams seem to say (the bias of counting)."""
+    """Nats that two streams of codes say of each other: counted, less what shuffled ones seem to say (the bias of counting)."""
     dice, a, b = torch.Generator().manual_seed(seed), a.flatten(), b.flatten()
 
     def joint(b):

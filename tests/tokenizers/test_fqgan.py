@@ -1,4 +1,4 @@
-"""FQGAN: one book is plain VQ, whose gradient goes where, losses at their known ends, and a generator that looks at no later code."""
+"""FQGAN: one book is plain VQ, who gets which gradient, losses at their ends, and a generator that looks at no later code."""
 
 import math
 
@@ -44,8 +44,8 @@ def test_one_book_behind_the_identity_is_plain_vq_of_unit_vectors(size, d, seed)
     assert torch.equal(out, want) and torch.equal(codes[0].index, wanted[0].index)
     assert losses.keys() == expected.keys() and all(torch.equal(losses[name], expected[name]) for name in losses)
     weight = torch.randn(out.shape, generator=dice(1))
-    for z, losses in ((out, losses), (want, expected)):
-        ((z * weight).sum() + sum(losses.values())).backward()
+    for z, terms in ((out, losses), (want, expected)):
+        ((z * weight).sum() + sum(terms.values())).backward()
     assert torch.equal(mine.grad, its.grad) and torch.equal(book.codes.grad, plain.codes.grad)
 
 
