@@ -8,7 +8,7 @@ Claim:   two books of 2^(b/2) codes against one of 2^b: level within 0.3 dB at 8
 Differs: one block of width 64 in each head, not six of 512; frames of 32 x 32, 8 x 8 cells; at most 4,096 codes. Teacher: an
          embedding of the caption (CLIP's place). Codes begin as random directions of a sphere, not of a cube. L1 with a
          difference of gradients instead of L2, LPIPS and the adversary. FAR's transformers are this package's (LayerNorm,
-         GELU, no class token, a learnt vector for what stands first). The paper's text wasn't read, its code's form was
+         GELU, no class token, a learnt vector for what stands first).
 
 A cell's features h go through k heads. Head j gives a direction z_j of d numbers, its book the nearest direction q_j, and the
 decoder reads q_1 ... q_k side by side. K codes in each make K^k words out of k K comparisons: 2 x 16,384 comparisons instead of
