@@ -16,8 +16,8 @@ Differs: the abstract and summaries alone were read; they name a causal 3-D auto
 
     known_0 = 0;   q_l = VQ_l(Down_l(W_l [e ; known])),   known_l = J_l [known ; Up_l(q_l)]        l from coarse to fine
 
-e is what the encoder says of the clip, on the finest grid; the decoder sees the last `known` alone. W and J begin as difference and
-sum, which makes this residual quantisation across grids; what training makes of them is VQ-VAE-2's (Razavi et al. 2019).
+e is what the encoder says of the clip, on the finest grid; the decoder sees the last `known` alone. W and J begin as difference
+and sum, which makes this residual quantisation across grids; what training makes of them is VQ-VAE-2's (Razavi et al. 2019).
 """
 
 from collections.abc import Sequence
