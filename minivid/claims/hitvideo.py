@@ -1,8 +1,8 @@
 """HiTVideo from scratch: what are layers of codes worth at equal bits, who decides in it, is it easier to write?
 
 Clips of 9 x 32 x 32, `base` on plain grounds (half of 12,288), every second of 17 frames. All tokenizers have the same layers
-(0.14 M parameters, cells of 4 x 4 x 4 pixels: 3 x 8 x 8 of them), 900 steps of 16 clips in the same order: Adam at 3e-3, L1, squared
-error and edges, and books that follow running means with restart. A layered code has 2 x 4 x 4 tokens of 256 codes on top
+(0.14 M parameters, cells of 4 x 4 x 4 pixels: 3 x 8 x 8 of them), 900 steps of 16 clips in the same order, Adam at 3e-3, errors
+by L1, squares and edges, and books that follow running means with restart. A layered code has 2 x 4 x 4 tokens of 256 on top
 (256 bits) and 192 below of 2, 8 or 64: 448, 832 and 1,408 bits. Its flat twins have 192 tokens of 5, 20 and 161 codes (445.8,
 829.8, 1,407.5 bits) and the same residual blocks beside the book, on the finest grid, which costs them more arithmetic. Rivals
 at 832 bits: residual VQ on the one grid (5 and 4 codes), and 128 tokens of 90 codes, twice as long in time ("long", 830.9 bits).
