@@ -45,6 +45,7 @@ from minivid.world.scores import entropy, frechet, psnr
 FILES = ["minivid/weights/feat-b.safetensors"]
 CELLS, FRAMES, BATCH = (3, 8, 8), 9, 16
 STEPS, WRITES = (900, 3), (700, 3)  # full, fast
+RATE, COMMIT = 3e-3, 1.0
 DRAWN, SEEN, MADE = (12288, 64), (512, 8), (256, 2)
 loaded = lru_cache(None)(weights.load)
 
@@ -95,30 +96,34 @@ def unseen(seed: int, n: int) -> tuple[list, Tensor]:
 # --- tokenizers -----------------------------------------------------------------------------------------------------------
 
 
-def train(seed: int, fast: bool, how: str, k: int, drop: float, folder) -> HiTVideo:
-    """As every tokenizer is trained; a killed run goes on from its checkpoint."""
+def tokenizer(seed: int, fast: bool, how: str, k: int, drop: float, folder) -> HiTVideo:
+    """A trained tokenizer; a killed run goes on from its checkpoint."""
     torch.manual_seed(seed)
-    data, steps, batch = material(fast)[0], STEPS[fast], 4 if fast else BATCH
     tok = HiTVideo(levels(how, k), drop, 16, (16, 32), (1, 1), seed)
     if how == "residual":
         tok.bottleneck.layers[0].book = Stages(8, 5, 4, seed=seed)
+    return train(tok, material(fast)[0], STEPS[fast], seed, folder / "tokenizer.safetensors", 4 if fast else BATCH)
+
+
+def train(tok: HiTVideo, data: Tensor, steps: int, seed: int, path=None, batch: int = BATCH) -> HiTVideo:
+    """As every tokenizer is trained, on clips as bytes."""
     tok.begin(corpus.clip_of(data[:512]))
-    adam = torch.optim.Adam(tok.parameters(), 3e-3, (0.9, 0.99), fused=True)
+    adam = torch.optim.Adam(tok.parameters(), RATE, (0.9, 0.99), fused=True)
 
     def step(state, some, generator):
-        adam.param_groups[0]["lr"] = 3e-3 * fit.cosine(state.i, steps)
+        adam.param_groups[0]["lr"] = RATE * fit.cosine(state.i, steps)
         clip = corpus.clip_of(some)
         back, _, losses = tok(clip)
         error = back - clip
         edges = sum(error.diff(dim=d).abs().mean() for d in (-1, -2))
-        loss = error.abs().mean() + 10 * error.square().mean() + 0.3 * edges + losses["commit"]
+        loss = error.abs().mean() + 10 * error.square().mean() + 0.3 * edges + COMMIT * losses["commit"]
         adam.zero_grad()
         loss.backward()
         adam.step()
         return {"loss": loss}
 
     order = lambda i: data[pick(i, len(data), batch, 40 + seed)]
-    fit.fit(step, fit.State({"tok": tok, "adam": adam}), order, steps, seed, folder / "tokenizer.safetensors", 300)
+    fit.fit(step, fit.State({"tok": tok, "adam": adam}), order, steps, seed, path, 300)
     return tok.eval()
 
 
@@ -287,7 +292,7 @@ def read(clips: Tensor, scenes: list) -> dict[str, float]:
 
 def arm(seed, fast, how, k, folder, drop=0.0, look=False, write=False):
     """A tokenizer; with `look` who decides in it; with `write` models that say its tokens."""
-    tok = train(seed, fast, how, k, drop, folder)
+    tok = tokenizer(seed, fast, how, k, drop, folder)
     scenes, clips = unseen(seed, SEEN[fast])
     found = quality(tok, clips, how == "residual")
     codes = coded(tok, clips)

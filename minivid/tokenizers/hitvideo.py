@@ -195,16 +195,17 @@ class Layers(nn.Module):
         return known, grids, losses
 
     def lookup(self, codes: list[Codes], stream: Stream | None = None) -> Float[Tensor, "b c f h w"]:
-        """What the codes stand for. Where the finer grids are missing, the learnt vectors stand in (masked decoding)."""
+        """What the codes stand for. A code below 0 isn't there, nor are grids behind the last: the learnt vectors stand in."""
         known = None
         for i, layer in enumerate(self.layers):
             if i < len(codes):
-                q = layer.book.lookup([codes[i]])
+                index = codes[i].index
             else:
+                fresh, one = stream is None or layer.up not in stream.kept, layer.level
                 b, _, f, h, w = known.shape  # type: ignore[union-attr]
-                f = layer.level.grid(f, h, w)[0] if stream is None or layer.up not in stream.kept else f // layer.level.t
-                q = layer.gone.expand(b, -1, f, h // layer.level.s, w // layer.level.s)
-            known = self._behind(layer, q, known, stream)
+                index = torch.full((b, (f + one.t - 1 if fresh else f) // one.t, h // one.s, w // one.s), -1, device=known.device)
+            q = layer.book.lookup([Codes(index.clamp_min(0), None)])
+            known = self._behind(layer, torch.where(index[:, None] < 0, layer.gone, q), known, stream)
         return known
 
 
