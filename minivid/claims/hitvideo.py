@@ -329,7 +329,7 @@ ARMS = {
     "residual": Arm(arm, how="residual", k=20),
     "long": Arm(arm, how="long", k=90),
 }
-KEPT, NEVER, WHERE = "layers 8", "never dropped", ("motion", "place", "count")
+KEPT, NEVER, PLAIN, WHERE = "layers 8", "never dropped", "flat 20", ("motion", "place", "count")
 
 
 def over(metric: str, method: str, baseline: str, margin: float, counts: bool = True, **rest) -> Compare:

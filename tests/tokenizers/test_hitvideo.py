@@ -241,6 +241,19 @@ def test_what_is_decoded_from_the_top_alone_does_not_depend_on_the_bottom():
     assert not torch.equal(bottleneck.lookup([top, bottom]), alone)
 
 
+@given(said=st.integers(0, 48))
+def test_missing_tokens_are_the_mask_and_earlier_cells_feel_no_later_frame(said):
+    """None said is the top alone, all said is all; what is still missing in frame 2 doesn't change frame 1."""
+    bottleneck, (top, bottom) = part(), drawn()
+    index = bottom.index.flatten(1).clone()
+    index[:, said:] = -1
+    some = bottleneck.lookup([top, Codes(index.view_as(bottom.index), bottom.where)])
+    whole, alone = bottleneck.lookup([top, bottom]), bottleneck.lookup([top])
+    frames = said // 16
+    assert torch.equal(some[:, :, :frames], whole[:, :, :frames])
+    assert torch.equal(some[:, :, -(-said // 16) :], alone[:, :, -(-said // 16) :])
+
+
 def test_dropping_happens_in_training_alone_as_often_as_said_and_the_same_when_resumed():
     bottleneck, z = Layers(6, THREE, drop=0.2), latent(5, 4000)
     first, second, third = bottleneck.masks(z)
