@@ -176,8 +176,8 @@ for name, one in toks.items():
     grids = claim.coded(one, unseen[:120])
     full = claim.decoded(one, grids)
     swapped = claim.decoded(one, [Codes(grids[0].index[:60], None), Codes(grids[1].index[60:], None)])
-    gap = lambda other: (swapped - other).square().flatten(1).mean(1)
-    share = (gap(full[:60]) < gap(full[60:])).float().mean()
+    first, second = (psnr(swapped, part) for part in full.split(60))
+    share = (first > second).float().mean()
     top = psnr(claim.decoded(one, grids[:1]), unseen[:120]).mean()
     print(f"{name}: the top's clip is nearer in {100 * share:.0f} % of the pairs;"
           f" all layers {psnr(full, unseen[:120]).mean():.1f} dB, top alone {top:.1f} dB")  # fmt: skip
@@ -279,8 +279,8 @@ curves = {name: tuple([mean(arm, metric) for arm in arms] for metric in ("bits",
 show.lines(curves, "bits a clip", "PSNR on other clips, dB", "Rate and distortion")
 
 # %%
-shares = {f"{name}, {what}": [100 * v for v in result["arms"][arm]["values"][f"swap_{what}"]]
-          for what in ("motion", "place", "count") for name, arm in (("dropping", claim.KEPT), ("never", claim.NEVER))}  # fmt: skip
+arms = {"dropping": result["arms"][claim.KEPT]["values"], "never": result["arms"][claim.NEVER]["values"]}
+shares = {f"{name}, {what}": [100 * v for v in arm[f"swap_{what}"]] for what in claim.WHERE for name, arm in arms.items()}
 show.bars(shares, "answers that the top gives, %", "Who decides? Top of one clip, bottom of another")
 
 # %%
