@@ -143,7 +143,8 @@ def decoded(tok: HiTVideo, codes: list[Codes]) -> Tensor:
 @torch.no_grad()
 def quality(tok: HiTVideo, clips: Tensor, residual: bool) -> dict[str, float]:
     """PSNR of all that is said and of the top alone, parameters, and bits a clip: of the books, and by the codes' frequencies."""
-    back, found = [], {"parameters": sum(p.numel() for p in tok.parameters())}
+    found: dict[str, float] = {"parameters": sum(p.numel() for p in tok.parameters())}
+    back: list[Tensor] = []
     grids: list[list[Tensor]] = []
     for some in clips.split(64):
         z = tok.features(some)

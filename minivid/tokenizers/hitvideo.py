@@ -23,6 +23,7 @@ and sum, which makes this residual quantisation across grids; what training make
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2, prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class Level:
             raise ValueError(f"1 + {self.t}k frames and multiples of {self.s} rows and columns of cells, got {(f, h, w)}")
         return 1 + (f - 1) // self.t, h // self.s, w // self.s
 
-    def where(self, f: int, h: int, w: int, device=None) -> Where:
+    def places(self, f: int, h: int, w: int, device=None) -> Where:
         """Each of f x h x w tokens at the centre of its cells: distances to the finer tokens below it are symmetric."""
         frame = torch.arange(f, device=device) * self.t - (self.t - 1) / 2
         rows, columns = (torch.arange(n, device=device) * self.s + (self.s - 1) / 2 for n in (h, w))
@@ -184,25 +185,27 @@ class Layers(nn.Module):
     def forward(self, z: Float[Tensor, "b c f h w"], stream: Stream | None = None):
         if z.ndim != 5 or z.shape[1] != self.channels:
             raise ValueError(f"this bottleneck takes 'b {self.channels} f h w', got {tuple(z.shape)}")
-        known, grids, losses = None, [], {}
+        known: Any = None
+        grids: list[Codes] = []
+        losses: dict[str, Tensor] = {}
         for layer, kept in zip(self.layers, self.masks(z), strict=True):
             q, codes, more = layer.book(layer.down(self._before(layer, z, known), stream))
             index = codes[0].index
-            grids.append(Codes(index, layer.level.where(*index.shape[1:], device=z.device)))
+            grids.append(Codes(index, layer.level.places(*index.shape[1:], device=z.device)))
             q = q if kept is None else torch.where(kept, q, layer.gone)
             known = self._behind(layer, q, known, stream)
-            losses = {name: losses.get(name, 0) + value for name, value in more.items()}
+            losses = {name: losses.get(name, 0.0) + value for name, value in more.items()}
         return known, grids, losses
 
     def lookup(self, codes: list[Codes], stream: Stream | None = None) -> Float[Tensor, "b c f h w"]:
         """What the codes stand for. A code below 0 isn't there, nor are grids behind the last: the learnt vectors stand in."""
-        known = None
+        known: Any = None
         for i, layer in enumerate(self.layers):
             if i < len(codes):
                 index = codes[i].index
             else:
                 fresh, one = stream is None or layer.up not in stream.kept, layer.level
-                b, _, f, h, w = known.shape  # type: ignore[union-attr]
+                b, _, f, h, w = known.shape
                 index = torch.full((b, (f + one.t - 1 if fresh else f) // one.t, h // one.s, w // one.s), -1, device=known.device)
             q = layer.book.lookup([Codes(index.clamp_min(0), None)])
             known = self._behind(layer, torch.where(index[:, None] < 0, layer.gone, q), known, stream)
@@ -272,7 +275,7 @@ def unpacked(data: list[bytes], levels: Sequence[Level], f: int, h: int, w: int)
                 digits.append(digit)
             row.append(digits[::-1])
     parts = zip(rows, levels, grids, strict=True)
-    return [Codes(torch.tensor(row).view(len(data), *grid), level.where(*grid)) for row, level, grid in parts]
+    return [Codes(torch.tensor(row).view(len(data), *grid), level.places(*grid)) for row, level, grid in parts]
 
 
 # --- a model over layered tokens --------------------------------------------------------------------------------------------
@@ -294,20 +297,20 @@ class Line(nn.Module):
         owner = torch.arange(len(levels)).repeat_interleave(counts)
         self.register_buffer("first", first[owner], persistent=False)  # of each token, the number of its layer's first code
         self.register_buffer("last", first[owner + 1], persistent=False)
-        coords = torch.cat([level.where(*grid).coords for level, grid in zip(levels, grids, strict=True)], 1)
+        coords = torch.cat([level.places(*grid).coords for level, grid in zip(levels, grids, strict=True)], 1)
         self.register_buffer("coords", coords, persistent=False)
         self.code = nn.Embedding(self.codes + 1, d)
         nn.init.normal_(self.code.weight, std=0.5)
         self.start = nn.Parameter(0.1 * torch.randn(self.side[1], d))
 
-    def place(self, n: int, start: float | int) -> slice:
+    def asked(self, n: int, start: float | int) -> slice:
         """Which tokens n numbers from `start` (in whole rows) on ask for."""
         first = round(start * self.side[1])
         return slice(first, first + n)
 
     def forward(self, x: Int[Tensor, "b f h w"], t, cond: Cond):
         check_codes(x, self.codes + 1)
-        at = self.place(x[0].numel(), cond.start)
+        at = self.asked(x[0].numel(), cond.start)
         number = torch.arange(self.side[1], device=x.device)[None, at]
         return self.code(x.flatten(1)) + self.start[at], Where(self.coords[:, at], number, grid=tuple(x.shape[1:])), t
 
@@ -321,7 +324,7 @@ class Writer(TokenModel):
 
     def forward(self, x: Int[Tensor, "b f h w"], t, cond: Cond, cache=None) -> Float[Tensor, "b K f h w"]:
         logits = super().forward(x, t, cond, cache)
-        at, code = self.inlet.place(x[0].numel(), cond.start), torch.arange(self.codes, device=x.device)[:, None]
+        at, code = self.inlet.asked(x[0].numel(), cond.start), torch.arange(self.codes, device=x.device)[:, None]
         other = (code < self.inlet.first[at]) | (code >= self.inlet.last[at])
         return logits.masked_fill(other.view(self.codes, *x.shape[1:]), -1e4)
 
@@ -337,7 +340,7 @@ class Writer(TokenModel):
         for level, grid in zip(levels, self.inlet.grids, strict=True):
             if flat.shape[1]:
                 own, flat = flat[:, : prod(grid)], flat[:, prod(grid) :]
-                out.append(Codes(own.reshape(-1, *grid), level.where(*grid, device=row.device)))
+                out.append(Codes(own.reshape(-1, *grid), level.places(*grid, device=row.device)))
         return out
 
 
@@ -345,9 +348,9 @@ class Steered(Guided):
     """Guidance for a `Writer`: null + scale (told - null) of the logits. `core.codes.generate` takes it as a model."""
 
     @property
-    def inlet(self) -> Line:
+    def inlet(self) -> Any:
         return self.model.inlet
 
     @property
-    def codes(self) -> int:
+    def codes(self) -> Any:
         return self.model.codes

@@ -56,7 +56,7 @@ def writer(levels=TWO):
 
 def drawn(levels=TWO, b=2, seed=0):
     dice = torch.Generator().manual_seed(seed)
-    return [Codes(torch.randint(one.k, (b, *one.grid(*CELLS)), generator=dice), one.where(*one.grid(*CELLS))) for one in levels]
+    return [Codes(torch.randint(one.k, (b, *one.grid(*CELLS)), generator=dice), one.places(*one.grid(*CELLS))) for one in levels]
 
 
 # --- the law of limits --------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_tokens_are_counted_numbered_and_come_back():
 
 
 def test_a_top_token_stands_at_the_centre_of_its_cells():
-    fine, coarse = (level.where(*level.grid(*CELLS)).coords[0] for level in (BOTTOM, TOP))
+    fine, coarse = (level.places(*level.grid(*CELLS)).coords[0] for level in (BOTTOM, TOP))
     assert torch.equal(fine, grid(*CELLS).coords[0])
     assert coarse[0].tolist() == [0, 0.5, 0.5] and coarse[-1].tolist() == [1.5, 2.5, 2.5]
     below = fine[(fine[:, 0] >= 1) & (fine[:, 1] >= 2) & (fine[:, 2] >= 2)]

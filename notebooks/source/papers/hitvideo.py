@@ -195,7 +195,7 @@ levels = {"bottom": BOTTOM, "top": TOP}
 
 def places(ax):
     for (name, level), size, mark in zip(levels.items(), (14, 70), ("o", "s"), strict=True):
-        coords = level.where(*level.grid(3, 8, 8)).coords[0]
+        coords = level.places(*level.grid(3, 8, 8)).coords[0]
         ax.scatter(coords[:, 2], coords[:, 0] + coords[:, 1] / 12, size, marker=mark, label=f"{name}: {len(coords)} tokens")
     ax.set(xlabel="column of the finest grid", ylabel="frame (rows one below the other)")
     ax.invert_yaxis()
