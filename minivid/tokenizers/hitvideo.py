@@ -18,6 +18,7 @@ Differs: the abstract and summaries alone were read; they name a causal 3-D auto
 
 e is what the encoder says of the clip, on the finest grid; the decoder sees the last `known` alone. W and J begin as difference
 and sum, which makes this residual quantisation across grids; what training makes of them is VQ-VAE-2's (Razavi et al. 2019).
+No gradient goes through what a layer is told: straight through a difference, it would cancel the coarser layers' own.
 """
 
 from collections.abc import Sequence
@@ -159,7 +160,7 @@ class Layers(nn.Module):
 
     @staticmethod
     def _before(layer, z, known):
-        return z if known is None else layer.told(torch.cat([z, known], 1))
+        return z if known is None else layer.told(torch.cat([z, known.detach()], 1))
 
     @staticmethod
     def _behind(layer, q, known, stream):

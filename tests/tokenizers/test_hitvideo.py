@@ -228,6 +228,17 @@ def test_top_tokens_know_nothing_of_the_bottom_and_the_bottom_is_told_the_top():
     assert torch.equal(same.index, top.index) and not torch.equal(other.index, bottom.index)
 
 
+def test_the_tops_gradient_is_not_cancelled_by_what_the_bottom_is_told():
+    """Straight through the difference, the bottom would hand the top's way up the negative of its own gradient."""
+    torch.manual_seed(0)
+    bottleneck, z = Layers(6, TWO).eval(), latent()
+    out, _, _ = bottleneck(z)
+    want = torch.randn(out.shape)
+    up = bottleneck.layers[0].up.linear
+    (grad,) = torch.autograd.grad((out * want).sum(), up.bias)
+    torch.testing.assert_close(grad[:6 * 8].view(6, 2, 2, 2).sum((1, 2, 3)), want.sum((0, 2, 3, 4)), atol=1e-4, rtol=1e-4)
+
+
 def test_what_is_decoded_from_the_top_alone_does_not_depend_on_the_bottom():
     bottleneck, (top, bottom) = part(), drawn()
     alone = bottleneck.lookup([top])
