@@ -7,6 +7,7 @@ by L1, squares and edges, and books that follow running means with restart; the 
 top (256 bits) and 192 below of 2, 8 or 64: 448, 832 and 1,408 bits. Its flat twins have 192 tokens of 5, 20 and 161 codes (445.8,
 829.8, 1,407.5 bits) and the same residual blocks beside the book, on the finest grid, which costs them more arithmetic. Rivals
 at 832 bits: residual VQ on the one grid (5 and 4 codes), and 128 tokens of 90 codes, twice as long in time ("long", 830.9 bits).
+At 448 bits a flat book of 5 codes is no rival, which the first seed showed; "wide" was added then: 3 x 4 x 4 tokens of 645 codes.
 A seed is a draw of initial values and of the order of clips, and of what is looked at. Measured on 512 other clips:
 
 1. "psnr". The published 70 % is asked as: is the layered code at 832 (59 %), at 448 bits (32 %), at most 0.5 dB below flat 161?
@@ -347,6 +348,14 @@ def flowing(seed, fast, folder):
     return found if fast else found | swaps(tok, codes, scenes)
 
 
+def wide(seed, fast, folder):
+    """A flat rival at 448 bits whose book isn't tiny: 3 x 4 x 4 tokens of 645 codes."""
+    torch.manual_seed(seed)
+    tok = HiTVideo([Level(645, 1, 2, 12, 1, 40)], 0.0, 16, (16, 32), (1, 1), seed)
+    train(tok, material(fast)[0], STEPS[fast], seed, folder / "tokenizer.safetensors", 4 if fast else BATCH)
+    return quality(tok, unseen(seed, SEEN[fast])[1], False)
+
+
 # --- what is decided before the run -----------------------------------------------------------------------------------------
 
 RATES = {2: 5, 8: 20, 64: 161}  # codes below the top, and of the flat twin
@@ -355,6 +364,7 @@ ARMS = {
     **{f"flat {k}": Arm(arm, FILES if k == 20 else (), how="flat", k=k, write=k == 20) for k in RATES.values()},
     "never dropped": Arm(arm, how="layers", k=8, look=True),
     "flowing": Arm(flowing),
+    "wide": Arm(wide),
     "coarse": Arm(arm, FILES, how="coarse", k=256, write=True),
     "residual": Arm(arm, how="residual", k=20),
     "long": Arm(arm, how="long", k=90),
@@ -372,6 +382,7 @@ CLAIMS = Claims(
     tests=[
         # 1: rate and distortion
         over("psnr", "layers 2", "flat 5", 0.3),
+        over("psnr", "layers 2", "wide", 0.3),
         over("psnr", "layers 8", "flat 20", -0.3),
         over("psnr", "layers 64", "flat 161", -0.3),
         Compare("59 % of the bits, at most 0.5 dB", "psnr", "layers 8", "flat 161", -0.5),
