@@ -284,7 +284,7 @@ show.lines(curves, "bits a pixel, as stored", "PSNR, dB", "Rate and distortion",
 # %%
 layered = claims.read("hitvideo")["arms"]
 mean = lambda arm, metric: fmean(layered[arm]["values"][metric])
-arms = {"layers": [f"layers {k}" for k in (2, 8, 64)], "flat": [f"flat {k}" for k in (5, 20, 161)], "coarser grids": ["coarse", "wide"]}
+arms = {"layers": [f"layers {k}" for k in (2, 8, 64)], "flat": [f"flat {k}" for k in (5, 20, 161)], "coarser": ["coarse", "wide"]}
 curves = {name: tuple([mean(arm, metric) for arm in each] for metric in ("bits", "psnr")) for name, each in arms.items()}
 curves["top of layers"] = [256], [mean("layers 8", "psnr_top")]
 show.lines(curves, "bits a clip of 9 x 32 x 32", "PSNR, dB", "Layers against one grid")

@@ -148,8 +148,8 @@ plots.figure(matrix, (8.2, 3.5), "tops and bottoms exchanged", alt, (1, 3))
 
 # %% [markdown]
 # With dropping, each row shows one clip, whatever the column says: the top decides where things are. Never dropped is close to
-# that, with more ghosts of the column's clip. Where gradients flow, the top drifts and the bottom is busy with mending it: after so few
-# steps the grid of the cells covers everything.
+# that, with more ghosts of the column's clip. Where gradients flow, the top drifts and the bottom is busy mending it: after so
+# few steps the grid of the cells covers everything.
 #
 # ## Turn it yourself
 #
