@@ -13,7 +13,7 @@
 # %% [markdown]
 # # HiTVideo: say the plan first, the detail afterwards
 #
-# Animators draw key poses first and fill in the rest later. A flat tokenizer can't: all its tokens are equally fine. HiTVideo
+# Animators draw key poses first, the rest later. A flat tokenizer can't: all its tokens are equally fine. HiTVideo
 # has **layers of tokens**: few coarse ones that settle what happens, then many fine ones.
 #
 # *Part: a bottleneck of the tokenizer. Ten minutes, one processor core.* At the end you can
@@ -75,8 +75,8 @@ show.clips([unseen[0], alone[0], both[0]], titles=titles)
 # <details><summary>What others do</summary>
 #
 # Code what is left over, again and again, on the same grid (*residual VQ*). Put a second, coarser code above the first and
-# tell the finer one what it says (*VQ-VAE-2*). Or keep one grid and make it coarser with a larger book. The last is the fair
-# rival, and hard to beat.
+# tell the finer one what it says (*VQ-VAE-2*). Or keep one grid and make it coarser with a larger book. The last is the
+# fair rival.
 #
 # </details>
 #
@@ -323,5 +323,4 @@ show.verdict("hitvideo")
 # quality, and a Llama of 3 billion that writes them. Left out here: perceptual and adversarial losses, long clips, a real
 # language model.
 #
-# **Where next?** [SimVQ](simvq.ipynb) asks how a single book stays alive; chapter [02](../02_tokenizers.ipynb) has all
-# tokenizers on one plot.
+# **Where next?** [SimVQ](simvq.ipynb): how a single book stays alive. Chapter [02](../02_tokenizers.ipynb): all tokenizers.
