@@ -262,7 +262,8 @@ class Guided(nn.Module):
     def forward(self, x, t, cond, cache=None):
         if self.scale == 1:
             return self.model(x, t, cond, cache)
-        told, null = self.model(torch.cat([x, x]), torch.cat([t, t]), cond.twice(self.null(cond)), cache).chunk(2)
+        both = None if t is None else torch.cat([t, t])  # a model over codes has no time
+        told, null = self.model(torch.cat([x, x]), both, cond.twice(self.null(cond)), cache).chunk(2)
         out = null + self.scale * (told - null)
         if self.rescale:
             spread = lambda y: y.std(tuple(range(1, y.ndim)), keepdim=True)

@@ -292,6 +292,25 @@ show.bars({name: arms[how]["values"]["ratio"] for name, how in kinds_of_4x.items
 # A latent space is more than its statistics: the fresh tokenizer has the same mean and spread in every channel, and is a
 # stranger.
 #
+# ## Codes in layers
+#
+# A flat grid says everything equally finely. HiTVideo puts a coarse layer of codes above the fine one and tells the fine layer
+# what the coarse one has said. Here at equal bits, from the [claim](../minivid/claims/hitvideo.json): clips of the drawn world on
+# plain grounds, tokenizers trained for a minute each, so decibels don't compare with those above. "Top of layers" is the top
+# layer alone, decoded by the tokenizer that sometimes lost its bottom in training.
+
+# %%
+layered = claims.read("hitvideo")["arms"]
+mean = lambda arm, metric: fmean(layered[arm]["values"][metric])
+arms = {"layers": [f"layers {k}" for k in (2, 8, 64)], "flat": [f"flat {k}" for k in (5, 20, 161)], "coarser": ["coarse", "wide"]}
+curves = {name: tuple([mean(arm, metric) for arm in each] for metric in ("bits", "psnr")) for name, each in arms.items()}
+curves["top of layers"] = [256], [mean("layers 8", "psnr_top")]
+show.lines(curves, "bits a clip of 9 x 32 x 32", "PSNR, dB", "Layers against one grid")
+
+# %% [markdown]
+# Which layer decides what is seen is another matter, and the lesson's: without losing the bottom in training, the top need not
+# hold anything.
+#
 # ## The papers of this chapter
 
 # %% tags=["nbval-ignore-output"]
