@@ -308,8 +308,9 @@ curves["top of layers"] = [256], [mean("layers 8", "psnr_top")]
 show.lines(curves, "bits a clip of 9 x 32 x 32", "PSNR, dB", "Layers against one grid")
 
 # %% [markdown]
-# Which layer decides what is seen is another matter, and the lesson's: without losing the bottom in training, the top need not
-# hold anything.
+# Layers are level with a flat grid, and a coarser grid with a large book is ahead of both at low rates. Their use lies elsewhere:
+# a decoder that works from the top alone, and a plan that can be written first. The
+# [lesson](papers/hitvideo.ipynb) asks which layer decides what is seen.
 #
 # ## The papers of this chapter
 
