@@ -175,6 +175,22 @@ for name, title in {"full": "all of the past", "bank": "a bank that looks up two
     print(f"    {faster:.0f} times as fast as without a cache, where the operations promise {promised:.0f}")
 
 # %% [markdown]
+# ## When may keys be kept?
+#
+# When they come out the same at every step: finished frames look at finished frames only, and have a time of their own, 0.
+# [ViD-GPT](papers/vid-gpt.ipynb) makes a clip model so by looking back along time, the frames so far as a prompt. What does it
+# lose against a model whose frames all see each other and are all computed anew? Films A B A B ..., a scene comes back after
+# four frames of another; colour error of its body (a dot a seed):
+
+# %% tags=["nbval-ignore-output"]
+gpt = claims.read("vid-gpt")["arms"]
+names = {"causal": "looks back, cached", "partial": "and sees its own chunk", "full": "all see all, anew",
+         "full, 4": "the last 4 frames, anew"}  # fmt: skip
+bars = {name: gpt[arm]["values"]["body"] for arm, name in names.items()}
+faster = fmean(gpt["speed"]["values"]["faster"])
+show.bars(bars, "colour error of the body", f"A cached chunk is {faster:.1f} times as fast", digits=2)
+
+# %% [markdown]
 # ## Forgetting
 #
 # A cache that keeps everything grows with the film, and so does the time of a step. Keep the last few blocks: constant time, and
@@ -287,6 +303,7 @@ Markdown(papers.listed(asks))
 # %% [markdown]
 # ## Where next
 #
+# * [ViD-GPT](papers/vid-gpt.ipynb): what makes keys reusable, and what breaks them.
 # * [BlockVid](papers/blockvid.ipynb): look inside the bank, and force a model onto its own mistakes.
 # * [05 · Sparse attention](05_sparse_attention.ipynb): leaving out pairs, not blocks.
 # * [00 · Start](00_start.ipynb): one clip, from words to frames.
