@@ -167,15 +167,14 @@ def prompts(length: int, l: int) -> list[int]:
     return list(range(1, length - l + 1, l))
 
 
-def loss(model, path: noise.Path, clean: Float[Tensor, "b c f h w"], cond: Cond, generator, l: int = 4,
-         slight: float | int = 0.1, shift: float | int = 1.0, lengths: Sequence[int] = ()) -> Float[Tensor, ""]:
-    """Squared error on the noisy frames; one prompt length a step, drawn from `lengths` (default: `prompts`).
+def loss(model, path: noise.Path, clean: Float[Tensor, "b c f h w"], cond: Cond, generator,
+         lengths: Sequence[int], slight: float | int = 0.1, shift: float | int = 1.0) -> Float[Tensor, ""]:
+    """Squared error on the noisy frames; one prompt length a step, drawn from `lengths` (see `prompts`).
 
-    slight: t' of the prompt's noise. With the longest prompt a film starts anywhere on the circle of positions, else at 0:
+    The clip is the longest prompt and its noisy frames. slight: t' of the prompt's noise. With the longest prompt a film starts anywhere on the circle of positions, else at 0:
     in a rollout, a prompt is short at the beginning only.
     """
-    b, _, f = clean.shape[:3]
-    lengths = lengths or prompts(f, l)
+    b, l = len(clean), clean.shape[2] - max(lengths)
     P = lengths[int(fit.uniform(1, generator=generator) * len(lengths))]
     clean = clean[:, :, : P + l]
     start = int(fit.uniform(1, generator=generator) * model.trunk.length) * (P == max(lengths))

@@ -94,8 +94,9 @@ def held(seed: int, fast: bool, frames: int = GIVEN + L * MADE) -> tuple[Tensor,
 def trained(seed, fast, folder, mode, slight, lengths):
     """As every arm is trained; a killed run goes on from its checkpoint."""
     torch.manual_seed(seed)
-    model, data = ViDGPT(mode=mode), clips(fast)
-    objective = lambda model, x, generator: {"loss": paper.loss(model, PATH, x, Cond(), generator, L, slight, SHIFT, lengths)}
+    model, lengths = ViDGPT(mode=mode), lengths or paper.prompts(FRAMES, L)
+    data = clips(fast)[:, :, : max(lengths) + L]
+    objective = lambda model, x, generator: {"loss": paper.loss(model, PATH, x, Cond(), generator, lengths, slight, SHIFT)}
     recipe = Recipe("video", {}, None, objective, STEPS[fast], RATES[0], muon=RATES[1])
     state = fit.State({"model": model, **optimisers(model, recipe), "ema": fit.Ema(model, 0.99)})
     batches = lambda i: data[pick(i, len(data), BATCH[fast], 80 + seed)]

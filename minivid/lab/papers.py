@@ -268,7 +268,7 @@ diffusion
   videorepa | VideoREPA | 2025 | 2505.23656 | procedure | VideoREPA: Learning Physics for Video Generation through Relational Alignment with Foundation Models
 block_diffusion
   nbp | NBP | 2025 | 2502.07737 | procedure | Next Block Prediction: Video Generation via Semi-Autoregressive Modeling
-  vid-gpt | ViD-GPT | 2024 | 2406.10981 | part | ViD-GPT: Introducing GPT-style Autoregressive Generation in Video Diffusion Models
+  vid-gpt | ViD-GPT | 2024 | 2406.10981 | procedure | ViD-GPT: Introducing GPT-style Autoregressive Generation in Video Diffusion Models
   art-v | ART-V | 2023 | 2311.18834 | procedure | ART\u00b7V: Auto-Regressive Text-to-Video Generation with Diffusion Models
   blockvid | BlockVid | 2025 | 2511.22973 | procedure | BlockVid: Block Diffusion for High-Quality and Consistent Minute-Long Video Generation
 sparse_attention

@@ -201,7 +201,7 @@ def test_targets_of_prompt_frames_count_for_nothing():
 
     heard.trunk = model.trunk
     for i in range(6):
-        loss(heard, PATH, clip(17), Cond(), fit.draws(0, i), L).backward()
+        loss(heard, PATH, clip(17), Cond(), fit.draws(0, i), prompts(17, L)).backward()
         P = outs[-1].shape[2] - L
         grad = outs[-1].grad.abs().sum((0, 1, 3, 4))
         assert (grad[:P] == 0).all() and (grad[P:] > 0).all()
@@ -225,7 +225,7 @@ def test_the_network_learns_with_the_mark_and_all_prompt_lengths():
     still = torch.randn(8, 4, 1, 4, 4, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 9, -1, -1)
     values = []
     for i in range(60):
-        value = loss(model, PATH, still, Cond(), fit.draws(1, i), L, 0.0)
+        value = loss(model, PATH, still, Cond(), fit.draws(1, i), prompts(9, L), 0.0)
         optimiser.zero_grad()
         value.backward()
         optimiser.step()

@@ -162,6 +162,7 @@ def keys(mode, t, told=0.0):
     return seen[0]
 
 
+# %%
 for mode in ("causal", "partial", "full"):
     print(f"{mode:8} the prompt's keys change by {(keys(mode, 0.1) - keys(mode, 0.9)).abs().max():.2f}")
 print(f"causal, one time for all frames: by {(keys('causal', 0.1, 0.1) - keys('causal', 0.9, 0.9)).abs().max():.2f}")
