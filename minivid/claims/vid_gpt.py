@@ -18,7 +18,7 @@ lacks), and the noise that samples begin with. 12 steps a chunk, no guidance.
    training, half as much in generation.
 
 Outcome: the cache is free and the past is used, but noise on the prompt is no remedy here. Cached and computed anew differ by
-2e-6; a chunk is 2.6 times as fast (4.0 in frames), the 24th as fast as the 4th. When B is back, a causal model with 13 frames
+2e-6; a chunk is 2.7 times as fast (4.0 in frames), the 24th as fast as the 4th. When B is back, a causal model with 13 frames
 errs by 0.14 in the body's colour, one of the last four frames by 0.45 (it goes on with the colour that it sees, so it is
 right in every second chunk without knowing anything), and the same causal model with a queue of 4 by 0.42. Causality costs
 what the paper gives up: the noisy chunk is told 18 % better with full attention, 17 % better if only the chunk's own frames
