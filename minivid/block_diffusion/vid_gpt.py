@@ -171,8 +171,8 @@ def loss(model, path: noise.Path, clean: Float[Tensor, "b c f h w"], cond: Cond,
          lengths: Sequence[int], slight: float | int = 0.1, shift: float | int = 1.0) -> Float[Tensor, ""]:
     """Squared error on the noisy frames; one prompt length a step, drawn from `lengths` (see `prompts`).
 
-    The clip is the longest prompt and its noisy frames. slight: t' of the prompt's noise. With the longest prompt a film starts anywhere on the circle of positions, else at 0:
-    in a rollout, a prompt is short at the beginning only.
+    The clip is the longest prompt and its noisy frames. slight: t' of the prompt's noise. With the longest prompt a film starts
+    anywhere on the circle of positions, else at 0: in a rollout, a prompt is short at the beginning only.
     """
     b, l = len(clean), clean.shape[2] - max(lengths)
     P = lengths[int(fit.uniform(1, generator=generator) * len(lengths))]
