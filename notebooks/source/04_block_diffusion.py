@@ -107,7 +107,7 @@ def axis(frames):
         axes[0].set_title(f"{frames} a block")
         axes[1].imshow(picture, interpolation="nearest")
         axes[1].set_axis_off()
-        axes[1].set_title(f"{16 // frames * 10} calls of {16 * frames} tokens; the first frames are there after 10")
+        axes[1].set_title(f"{16 // frames * 10} calls of {16 * frames} tokens;\nthe first frames are there after 10")
 
     name = {1: "autoregression", 16: "plain diffusion"}.get(frames, "block diffusion")
     pairs = 10 * sum(16 * frames * 16 * frames * (i + 1) for i in range(16 // frames))
