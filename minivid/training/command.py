@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import corpus, fit, weights
-from ..core.model import Block
+from ..core.attention import Attention
 from . import generators, tokenizers, tokens
 from .recipe import Recipe
 
@@ -26,7 +26,8 @@ def optimisers(model: nn.Module, recipe: Recipe) -> dict[str, torch.optim.Optimi
     Muon makes the momentum of a matrix orthogonal before it steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon);
     scaled as in Liu et al. 2025 (arXiv 2502.16982) it takes AdamW's decay. On `video` it halves the steps to a given loss.
     """
-    blocks = [m for m in model.modules() if isinstance(m, (Block, nn.TransformerEncoderLayer))] if recipe.muon else []
+    attends = lambda m: isinstance(m, nn.TransformerEncoderLayer) or any(isinstance(part, Attention) for part in m.children())
+    blocks = [m for m in model.modules() if attends(m)] if recipe.muon else []
     inside = {id(p): p for b in blocks for name, p in b.named_parameters() if p.ndim == 2 and name != "table"}
     rest = [p for p in model.parameters() if id(p) not in inside]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.decay, "peak": recipe.lr},

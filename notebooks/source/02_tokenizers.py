@@ -25,6 +25,7 @@
 # 3. see a codebook collapse, and look up what any of its codes stands for.
 
 # %%
+from ast import literal_eval
 from functools import lru_cache
 from statistics import fmean
 
@@ -311,6 +312,25 @@ show.lines(curves, "bits a clip of 9 x 32 x 32", "PSNR, dB", "Layers against one
 # Layers are level with a flat grid, and a coarser grid with a large book is ahead of both at low rates. Their use lies elsewhere:
 # a decoder that works from the top alone, and a plan that can be written first. The
 # [lesson](papers/hitvideo.ipynb) asks which layer decides what is seen.
+#
+# ## What a latent's shape is worth
+#
+# Sixty-four tokens of 16 numbers, or 256 of 4? [ViTok](papers/vitok.ipynb) takes two plain transformers, so that tokens,
+# channels and depth can be traded at will. Fifteen codes, each trained alike ([claim](../minivid/claims/vitok.json), three
+# seeds), over E, all numbers of a clip of 16 x 32 x 32:
+
+# %%
+vit = claims.read("vitok")["arms"]["sweep"]["values"]
+curves = {}
+for q, p in ((8, 8), (4, 8), (2, 8), (4, 4)):
+    shapes = [literal_eval(name[5:]) for name in vit if name.startswith(f"psnr ({q}, {p}, ")]
+    numbers = [c * (16 // q) * (32 // p) ** 2 for _, _, c in shapes]
+    curves[f"{q} frames of {p} x {p}"] = numbers, [fmean(vit[f"psnr {shape}"]) for shape in shapes]
+show.lines(curves, "numbers in the code, E", "PSNR, dB", f"A doubling is worth {fmean(vit['slope']):.1f} dB", log="x")
+
+# %% [markdown]
+# A code's number of numbers says most about what it can draw, but each kind of tubelet has its curve: few numbers are best in
+# few tokens, many in many.
 #
 # ## The papers of this chapter
 
