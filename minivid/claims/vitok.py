@@ -2,8 +2,8 @@
 
 Clips of `base` and `textured`, 2,048 to learn from, 128 held-out ones to measure on. Width 96, three heads, 600 steps of 8 clips
 in the same order, AdamW and Muon; "(q, p, c)" are frames and pixels of a tubelet and channels of its code. A seed is a draw of
-initial values, of the order of clips and of the held-out clips. One seed was first measured with width 64 and a code of 128 channels,
-which is more than a token can carry there: width and codes were changed after that, and no margin.
+initial values, of the order of clips and of the held-out clips. One seed was first measured with width 64 and a code of 128
+channels, which is more than a token can carry there: width and codes were changed after that, and no margin.
 
 1. "sweep": fifteen codes, E from 64 to 4,096 numbers in groups of equal E, depth (2, 2). PSNR = a + b log2 E: "r2" of this line,
    "slope" b in dB per doubling; the same r2 with log2 of tokens, of FLOPs of a clip, and of both together ("r2 others");
@@ -90,7 +90,7 @@ def shuffled(clip: Tensor) -> Tensor:
 def trained(seed, fast, folder, shape, depth=(2, 2), steps=None, frames=False, change=lambda x: x) -> ViTok:
     """As every tokenizer is trained; a killed run goes on from its checkpoint."""
     torch.manual_seed(seed)
-    tok, data, steps = ViTok(*shape, WIDTH, depth, HEADS, frames), clips(fast), steps or STEPS[fast]
+    tok, data, steps = ViTok(*shape, WIDTH, depth, HEADS, frames), clips(fast), steps or STEPS[fast]  # type: ignore[call-arg]
     tok.begin(change(corpus.clip_of(data[:256])))
     recipe = Recipe("tokenizer", {}, None, paper.loss, steps, RATES[0], muon=RATES[1])
     state = fit.State({"model": tok, **optimisers(tok, recipe), "ema": fit.Ema(tok, 0.99)})

@@ -1,6 +1,6 @@
 """ViTok: an autoencoder of two plain transformers, to find out which of its sizes matters: the code, the encoder or the decoder.
 
-Paper:   ViTok: Learnings from Scaling Visual Tokenizers for Reconstruction and Generation (2025), arXiv 2501.09755
+Paper:   Learnings from Scaling Visual Tokenizers for Reconstruction and Generation (2025), arXiv 2501.09755
 Kind:    part (a tokenizer)
 Equal:   without blocks, tubelets of as many channels as numbers are an exact change of basis; without noise the latent is its
          mean; a second stage leaves every latent as it was, to the bit
