@@ -39,6 +39,8 @@ def figure(
         FigureCanvasAgg(fig)
         axes = fig.subplots(*grid, squeeze=False).ravel().tolist()
         draw(axes if len(axes) > 1 else axes[0])
+        for ax in axes:
+            ax._left_title.set_wrap(True)  # what is too long for the figure goes on below
         out = io.BytesIO()
         fig.savefig(out, format="png")
     return Picture(Image.open(out), text, alt)

@@ -208,3 +208,12 @@ def test_names_of_lines_stay_in_the_picture():
     plots._name_ends(ax, series)
     heights = sorted(text.xy[1] for text in ax.texts)
     assert len(heights) == 9 and heights[-1] <= 1.0 and min(b - a for a, b in zip(heights, heights[1:], strict=False)) > 0.079
+
+
+def test_a_long_title_is_not_cut_off():
+    def at_the_edge(title):
+        pixels = np.asarray(plots.figure(lambda ax: ax.set_title(title), (3.0, 2.0), "a title", "Axes.").image.convert("L"))
+        return (pixels[:, -3:] < 250).any()
+
+    assert not at_the_edge("a title of many words, " * 3)
+    assert at_the_edge("a_title_of_one_word_" * 3)  # the test can see what is cut off
