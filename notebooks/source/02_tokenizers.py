@@ -275,6 +275,19 @@ show.lines(curves, "bits a pixel, as stored", "PSNR, dB", "Rate and distortion",
 # before: that is the case for tokenizers that look along time. Among codebooks, running means with restart are ahead where the
 # book is large, and SimVQ is under plain VQ from 256 codes on.
 #
+# ## Several books at every place
+#
+# Does a large codebook have to be one? [FQGAN](papers/fqgan.ipynb) gives a place several codes from small books. At equal bits,
+# on single frames ([claim](../minivid/claims/fqgan.json); a mean of three seeds):
+
+# %%
+books_of = claims.read("fqgan")["arms"]
+kinds_of_books = {"one book": "one", "two books": "two", "residual": "residual"}
+at = lambda how: [fmean(books_of[f"{how}, {b}"]["values"]["psnr"]) for b in (8, 10, 12)]
+curves = {name: ([8, 10, 12], at(how)) for name, how in kinds_of_books.items()}
+show.lines(curves, "bits a place", "PSNR, dB", "One book or two?")
+
+# %% [markdown]
 # ## A new tokenizer for an old generator
 #
 # A generator is worth far more than its tokenizer, and knows no other. Can it be given a finer one? What counts is not only
