@@ -257,6 +257,19 @@ show.lines({name: curve(how, "psnr") for name, how in rivals.items()}, "bits a p
 # %% tags=["nbval-ignore-output"]
 show.lines({name: curve(how, "usage", 100) for name, how in rivals.items()}, "bits a place", "codes in use, %", "Who keeps them?")
 
+# %% [markdown]
+# One book is ahead at every size. Running means with restart keep 95 of 100 of its 4,096 codes in use, so what several books
+# are to save it from doesn't happen here. (A codebook that learns by gradient dies: see [SimVQ](simvq.ipynb).) And two heads
+# repeat each other. How much? The mutual information of their codes, which should be 0:
+
+# %% tags=["nbval-ignore-output"]
+pairs = {"two books, λ = 0": "lambda 0", "two books, λ = 0.1": "two, 12", "two books, λ = 1": "lambda 1", "residual": "residual, 12"}
+show.bars({name: value(arm, "mi") for name, arm in pairs.items()}, "bits that both say, of 6 (a dot a seed)", "Who repeats whom?")
+
+# %% [markdown]
+# $L_{dis}$ makes squared cosines ten times smaller, and the heads still say the same: directions at right angles can change together.
+# A residual can't repeat: its second book sees only what the first left over.
+
 # %% tags=["nbval-ignore-output"]
 heads = {"no teacher, first": ("two, 12", "first"), "no teacher, second": ("two, 12", "second"),
          "first": ("captions", "first"), "second, told captions": ("captions", "second")}  # fmt: skip
