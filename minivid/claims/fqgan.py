@@ -19,6 +19,16 @@ one of 1,024. Start of the layer after unit codes: that of `Conv3d` left every a
    scenes with one body: "first", "second" are the shares of right answers, mean of both, "gap" the second less the first.
 4. "writer": codes of "two, 12", a model of three layers of width 64 with captions, 1,500 steps of 16 frames: bits of a place,
    with the second code told the first ("told"), or both by themselves ("alone", as many parameters); "gain" the difference.
+
+Outcome: with the tricks of today one book doesn't die, and then it needs no help. Of its 4,096 codes 96 % are in use, and it
+draws 0.7 dB better than two books of 64 (27.6 for 26.8 dB); at 10 bits 0.3 dB, at 8 bits none, where runs of one kind differ
+by up to 4 dB. A residual pair of the same bits is 0.5 dB ahead as well at 10 and 12 bits, three books of 16 are behind. What
+two books lose is what both say: their codes share 2.7 of 5.7 bits, those of the residual pair 0.9 of 5. L_dis was to mend
+that, and doesn't: it takes the squared cosine from 0.14 to 0.01, ten times under chance, and the shared bits stay (2.6
+without it, 3.1 at lambda 1, which costs 4 dB): directions at right angles can still change together. A teacher does mend it:
+the head that must find its caption tells 64 % of colours and shapes where its twin tells 45 %, 16 points more than the first
+head (one seed of three stays under 10), the shared bits fall to 1.8; 1.5 dB are the price, where 0.3 were allowed. A writer
+that tells its second code the first pays 3.7 bits a place instead of 4.0, the 0.2 nats that were expected.
 """
 
 from functools import lru_cache

@@ -288,8 +288,8 @@ curves = {name: ([8, 10, 12], at(how)) for name, how in kinds_of_books.items()}
 show.lines(curves, "bits a place", "PSNR, dB", "One book or two?")
 
 # %% [markdown]
-# It does, here: kept alive by running means and restart, one book beats two at every size, as two heads repeat much of what the
-# other says. What small books save is search: 128 distances a place instead of 4,096.
+# It does no harm, at least: kept alive by running means and restart, one large book beats two small ones, whose heads repeat much
+# of what the other says. What small books save is search: 128 distances a place instead of 4,096.
 
 # %% [markdown]
 # ## A new tokenizer for an old generator
