@@ -7,8 +7,9 @@ Equal:   one codebook behind an adapter without blocks is the plain unit-norm VQ
 Claim:   with 12 bits a place two books of 64 are 0.3 dB ahead of one of 4,096 with restarts; at 8 and 10 bits level. L_dis
          halves the squared cosine and lowers mutual information; a head that follows captions tells 10 points more of them
 Differs: frames of 32 x 32, an 8 x 8 grid, adapters of one block of width 64; no GAN, no LPIPS (L1 and differences of gradients);
-         the teacher is the caption's bag of words instead of CLIP, `feat-a` instead of DINO. RoPE for the slots begins at angle
-         0, where the authors' code zeroes the first slot. Sizes, steps and rates are inferred
+         the teacher is the caption's bag of words instead of CLIP, and three books have none (the paper's middle one follows
+         DINO). RoPE for the slots begins at angle 0, where the authors' code zeroes the first slot. The layer after the codes
+         begins so that its channels have variance 1. Sizes, steps and rates are inferred
 
     head a:  z_a = adapter_a(h) / |.|,  q_a = nearest of K unit codes,  decoder sees [q_1 .. q_k]          K^k, for k K distances
     L_vq  = |sg z - e|^2 + 0.25 |z - sg e|^2 + 0.03 (E_i H(p_i) - H(E_i p_i)),     p_i = softmax(-|z_i - e|^2 / 0.01)

@@ -119,8 +119,9 @@ def product(common, points):
             colour = show.PALETTE["blue" if name == "one book" else "orange"]
             label = f"{name}, {kind} points"
             ax.plot((4, 6, 8, 10), errors, "-o" if kind == "new" else "--", color=colour, label=label)
-        ax.set(xlabel="bits a point", ylabel="squared error", yscale="log", xticks=(4, 6, 8, 10))
-        ax.legend()
+        ax.set(xlabel="bits a point", ylabel="squared error", yscale="log", xticks=(4, 6, 8, 10), ylim=(0.005, 0.6))
+        ax.set_yticks([0.01, 0.03, 0.1, 0.3], ["0.01", "0.03", "0.1", "0.3"]), ax.minorticks_off()
+        ax.legend(loc="lower left")
 
     alt = "Squared error over bits for one book and for two; the curves cross where points are few and bits are many."
     return plots.figure(draw, (5.6, 3.2), f"{points:,} points, {100 * common:.0f} % in common", alt)
@@ -162,7 +163,8 @@ def spread(ax):
     x = (torch.arange(40) + 0.5) / 40
     for name, arm in {"λ = 0": "lambda 0", "λ = 0.1": "two, 12", "λ = 1": "lambda 1"}.items():
         share = drawn[f"squared cosines, {arm}"] / drawn[f"squared cosines, {arm}"].sum()
-        ax.plot(x, 100 * share.cumsum(0), label=f"{name}: mean {mean(arm, 'cos2'):.3f}")
+        colour = show.PALETTE[{"lambda 0": "blue", "two, 12": "orange", "lambda 1": "purple"}[arm]]
+        ax.plot(x, 100 * share.cumsum(0), color=colour, label=f"{name}: mean {mean(arm, 'cos2'):.3f}")
     ax.set(xlabel="squared cosine between the two codes of a place", ylabel="places below, %")
     ax.legend()
 
@@ -189,6 +191,9 @@ def swaps(axes):
 plots.figure(swaps, (7.4, 3.9), "codes exchanged", "Two matrices of 4 x 4 frames; the diagonal shows frames as they are.", (1, 2))
 
 # %% [markdown]
+# Left, both heads say a bit of everything, and codes of two frames make a mixture of both. Right, rows look alike: the first head
+# has taken over the picture, and the second, asked for words, changes colours at most.
+#
 # ## Exercise
 #
 # The entropy term of a codebook: every place sure of its code, all codes in use. Complete it for the probabilities `p`, one row a
@@ -258,17 +263,18 @@ show.lines({name: curve(how, "psnr") for name, how in rivals.items()}, "bits a p
 show.lines({name: curve(how, "usage", 100) for name, how in rivals.items()}, "bits a place", "codes in use, %", "Who keeps them?")
 
 # %% [markdown]
-# With few codes nobody is ahead; with many it is the one book. Running means with restart keep 96 of 100 of its 4,096 codes in use,
-# so what several books are to save it from doesn't happen here. (A codebook that learns by gradient dies: see
+# With few codes nobody is ahead; with many it is the one book. Running means with restart keep 96 of 100 of its 4,096 codes in
+# use, so what several books are to save it from doesn't happen here. (A codebook that learns by gradient dies: see
 # [SimVQ](simvq.ipynb).) And two heads repeat each other. How much? The mutual information of their codes, which should be 0:
 
 # %% tags=["nbval-ignore-output"]
-pairs = {"two books, λ = 0": "lambda 0", "two books, λ = 0.1": "two, 12", "two books, λ = 1": "lambda 1", "residual": "residual, 12"}
+pairs = {"two books, λ = 0": "lambda 0", "two books, λ = 0.1": "two, 12", "two books, λ = 1": "lambda 1",
+         "residual": "residual, 12"}  # fmt: skip
 show.bars({name: value(arm, "mi") for name, arm in pairs.items()}, "bits that both say, of 6 (a dot a seed)", "Who repeats whom?")
 
 # %% [markdown]
-# $L_{dis}$ makes squared cosines ten times smaller, and the heads still say the same: directions at right angles can change together.
-# A residual repeats less: its second book sees only what the first left over.
+# $L_{dis}$ makes squared cosines ten times smaller, and the heads still say the same: directions at right angles can change
+# together. A residual repeats less: its second book sees only what the first left over.
 
 # %% tags=["nbval-ignore-output"]
 heads = {"no teacher, first": ("two, 12", "first"), "no teacher, second": ("two, 12", "second"),
