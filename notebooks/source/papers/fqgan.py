@@ -113,6 +113,7 @@ def curves(common, points):
     return found
 
 
+# %%
 def product(common, points):
     def draw(ax):
         for (name, kind), errors in curves(common, points).items():
